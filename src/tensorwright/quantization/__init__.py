@@ -1,0 +1,1 @@
+"""Quantisation of weight matrices: schemes, the NumPy reference, the same in C++. It knows no models and no files."""
