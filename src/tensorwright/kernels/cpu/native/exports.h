@@ -1,0 +1,28 @@
+// What every engine's shared object exports besides its kernels.
+#pragma once
+#include "pool.h"
+#include "sample.h"
+
+extern "C" {
+
+TW_EXPORT int32_t tw_abi_version(void) { return TW_ABI_VERSION; }
+
+// A pool of `threads` workers, the caller counted; null when the system gives no more threads.
+TW_EXPORT tw_pool* tw_pool_create(int32_t threads) { return tw::pool_create(threads); }
+
+TW_EXPORT void tw_pool_destroy(tw_pool* pool) { tw::pool_destroy(pool); }
+
+// Runs the steps in order. `seconds` may be null; else each step's time is added to its entry.
+TW_EXPORT void tw_execute(tw_pool* pool, const tw_step* steps, int32_t count, const tw_run* run, double* seconds) {
+  tw::plan plan{steps, count, run, seconds};
+  tw::run_job(pool, tw::run_plan, &plan);
+}
+
+// A token and its log probability under the unchanged logits for each row of logits [rows, vocab].
+TW_EXPORT void tw_sample(tw_pool* pool, const float* logits, int32_t rows, int32_t vocab, const tw_sampling* requests,
+                         int32_t* tokens, float* log_probs) {
+  tw::sampling_job job{logits, rows, vocab, requests, tokens, log_probs};
+  tw::run_job(pool, tw::sample_rows, &job);
+}
+
+}

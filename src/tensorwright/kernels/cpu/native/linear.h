@@ -1,0 +1,105 @@
+// y = x' · weightᵀ + bias + residual for every weight type: how the work is cut and shared. Knows no number formats.
+//
+// Buffers: x, residual (if any), y [rows, N] float32. Weights: weight (panels of 64 outputs, the last one padded),
+// bias [N], norm [K], both float32. y may be residual's own memory: each number is read, then written, by one worker.
+// Bytes moved for few rows: the packed weight, once. For many rows the rows are cut into blocks that stay in the
+// second-level cache, and a panel into chunks of inputs that stay in the first.
+#pragma once
+#include "linear_float.h"
+#include "linear_integer.h"
+
+namespace tw {
+
+// Calls tile<ROWS> on runs of rows that fit the registers; none is left with few rows for want of a better cut.
+template <class Weights>
+TW_INLINE void tiles(const uint8_t* panel, int k, int first, int last, const typename Weights::rows_type& rows,
+                     int64_t num_rows, float* sums) {
+  for (int64_t row = 0; row < num_rows;) {
+    int64_t left = num_rows - row;
+    int64_t count = left <= MAX_TILE_ROWS ? left : left < 2 * MAX_TILE_ROWS ? left - left / 2 : MAX_TILE_ROWS;
+    auto run = [&](auto constant) TW_INLINE_LAMBDA {
+      Weights::template tile<constant.value>(panel, k, first, last, rows.from_row(row), sums + row * PANEL, row == 0);
+    };
+    if constexpr (PANEL != TILE_COLUMNS)  // elsewhere a single row takes panel_times_row
+      if (count == 1) run(index<1>());
+    if (count == 2) run(index<2>());
+    if constexpr (MAX_TILE_ROWS > 2) {
+      if (count == 3) run(index<3>());
+      if (count == 4) run(index<4>());
+    }
+    row += count;
+  }
+}
+
+template <class Weights, class Input, int N, bool HAS_BIAS, bool HAS_RESIDUAL>
+struct linear {
+  static constexpr int K = Input::SIZE;
+  static constexpr int PANELS = (N + PANEL - 1) / PANEL;
+  static constexpr int FEW_ROWS = 32;         // up to here the weights' bytes are what costs
+  static constexpr int MAX_BLOCK_ROWS = 256;  // 64 KB of sums
+  static constexpr int64_t CACHED_ROW_BYTES = 512 << 10;
+  static constexpr int64_t CACHED_WEIGHT_BYTES = 34 << 10;
+
+  static constexpr int64_t block_rows() {
+    int64_t rows = CACHED_ROW_BYTES / (K * Weights::ROW_BYTES_PER_INPUT) / MAX_TILE_ROWS * MAX_TILE_ROWS;
+    return rows < FEW_ROWS ? FEW_ROWS : rows > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : rows;
+  }
+  static constexpr int chunk_blocks() {
+    return Weights::BLOCK_BYTES < CACHED_WEIGHT_BYTES ? (int)(CACHED_WEIGHT_BYTES / Weights::BLOCK_BYTES) : 1;
+  }
+
+  static void run(const tw_step* step, const tw_run* run, const tw_worker* worker) {
+    const int64_t rows = tw_rows(step, run);
+    const float* x = (const float*)step->buffers[0];
+    const float* residual = HAS_RESIDUAL ? (const float*)step->buffers[1] : nullptr;
+    float* y = (float*)step->buffers[HAS_RESIDUAL ? 2 : 1];
+    const float* norm = (const float*)step->weights[2];
+    auto prepared = Weights::template prepare<Input>(x, norm, run->scratch, rows, worker);
+    if (Weights::template NEEDS_PREPARATION<Input>) tw_barrier(worker);
+
+    int64_t most_rows = block_rows();
+    if (PANELS < worker->size && rows < most_rows * worker->size) most_rows = (rows + worker->size - 1) / worker->size;
+    const int64_t row_blocks = most_rows ? (rows + most_rows - 1) / most_rows : 0;
+    int64_t begin, end;
+    share(PANELS * row_blocks, 1, worker, &begin, &end);
+    for (int64_t task = begin; task < end; task++) {
+      int64_t first_row = task / PANELS * most_rows;
+      int64_t num_rows = rows - first_row < most_rows ? rows - first_row : most_rows;
+      panel_task(step, (int)(task % PANELS), prepared.from_row(first_row), num_rows,
+                 HAS_RESIDUAL ? residual + first_row * N : nullptr, y + first_row * N);
+    }
+  }
+
+  // Some rows times one panel, into y.
+  static void panel_task(const tw_step* step, int number, const typename Weights::rows_type& rows, int64_t num_rows,
+                         const float* residual, float* y) {
+    alignas(64) float sums[MAX_BLOCK_ROWS * PANEL];
+    const uint8_t* panel = (const uint8_t*)step->weights[0] + number * Weights::panel_bytes(K);
+    if (num_rows == 1 && PANEL == TILE_COLUMNS) {
+      Weights::panel_times_row(panel, K, rows, sums);
+    } else {
+      const int chunk = num_rows <= FEW_ROWS ? 1 : chunk_blocks(), blocks = Weights::num_blocks(K);
+      for (int first = 0; first < blocks; first += chunk)
+        tiles<Weights>(panel, K, first, first + chunk < blocks ? first + chunk : blocks, rows, num_rows, sums);
+    }
+    const float* bias = HAS_BIAS ? (const float*)step->weights[1] + number * PANEL : nullptr;
+    const int columns = N - number * PANEL < PANEL ? N - number * PANEL : PANEL;
+    for (int64_t row = 0; row < num_rows; row++)
+      finish_row(panel, sums + row * PANEL, columns, bias,
+                 HAS_RESIDUAL ? residual + row * N + number * PANEL : nullptr, y + row * N + number * PANEL);
+  }
+
+  static TW_INLINE_LAMBDA inline void finish_row(const uint8_t* panel, const float* sums, int columns,
+                                                 const float* bias, const float* residual, float* y) {
+    for (int column = 0; column < columns; column += LANES) {
+      int count = columns - column < LANES ? columns - column : LANES;
+      floats value = load(sums + column);
+      if constexpr (Weights::SCALES_OUTPUTS) value *= Weights::output_scale(panel, K, column);
+      if constexpr (HAS_BIAS) value += load(bias + column, count);
+      if constexpr (HAS_RESIDUAL) value += load(residual + column, count);
+      store(y + column, value, count);
+    }
+  }
+};
+
+}  // namespace tw

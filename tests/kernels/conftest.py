@@ -1,0 +1,24 @@
+"""The targets of this machine that kernels are tested on."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from tensorwright.errors import IncompatibleEngineError
+from tensorwright.kernels.cpu.targets import check_target, resolve_target
+from tensorwright.kernels.interface import Target
+
+NAMES = ("native", "x86-64-v3", "portable") if platform.machine() == "x86_64" else ("native", "portable")
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each in turn; one that this CPU cannot run is skipped."""
+    found = resolve_target(request.param)
+    try:
+        check_target(found)
+    except IncompatibleEngineError as error:
+        pytest.skip(error.message)
+    return found
