@@ -1,0 +1,1 @@
+"""The builder: from a checkpoint folder to an engine folder. Runtime code never imports it."""

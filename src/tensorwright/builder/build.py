@@ -1,0 +1,144 @@
+"""Builds an engine folder: derives limits, builds or reuses each rank's file, writes config.json last.
+
+It knows the order of things and what is written where; `rank.py` knows how one engine file is made.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorwright
+from tensorwright.builder.folder import copy_tokenizer, engine_folder
+from tensorwright.builder.limits import derive, rope_factor
+from tensorwright.builder.options import BuildOptions
+from tensorwright.builder.pack import CheckpointSource, check_names
+from tensorwright.builder.passes import run_passes
+from tensorwright.builder.passes.context import Context
+from tensorwright.builder.rank import EngineFacts, build_rank
+from tensorwright.builder.rebuild import rebuild_kernels
+from tensorwright.builder.report import BuildReport, engine_config, report_on
+from tensorwright.builder.reuse import build_key, remember, reuse
+from tensorwright.checkpoint.config import CheckpointConfig, to_json
+from tensorwright.checkpoint.reader import Checkpoint
+from tensorwright.engine.config import write_config
+from tensorwright.engine.limits import Limits
+from tensorwright.errors import BuildError, UsageError
+from tensorwright.kernels.cpu.registry import KERNELS
+from tensorwright.kernels.cpu.targets import resolve_target
+from tensorwright.kernels.interface import Target
+from tensorwright.models.decoder import build_program
+from tensorwright.program.program import Program
+
+Report = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything one rank's build needs; it crosses to a worker process."""
+
+    checkpoint_dir: Path
+    output: Path
+    config: CheckpointConfig
+    target: Target
+    tokens_per_block: int
+    key: str
+    rank: int
+
+
+def build(options: BuildOptions, report: Report) -> BuildReport:
+    """Build the engine folder. `report` is told bytes packed and what is being done.
+
+    Raises UsageError for limits that cannot be meant, CheckpointError and BuildError for what stops the build.
+    """
+    if options.rebuild_kernels is not None:
+        return rebuild_kernels(options, report)
+    if options.checkpoint_dir is None:
+        raise UsageError("no checkpoint was given", mend="tensorwright build --checkpoint_dir C --output_dir E")
+    begin = time.monotonic()
+    checkpoint = Checkpoint(options.checkpoint_dir)
+    config, target = checkpoint.config, resolve_target(options.target)
+    model = config.model
+    limits, notes = derive(options, max_position_embeddings=model.max_position_embeddings,
+                           rope_factor=rope_factor(model.rope.kind, model.rope.scaling))
+    if options.dry_run:
+        return _dry_run(options, config, target, limits, notes)
+    key = build_key(_facts(options, target), options.checkpoint_dir)
+    jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
+                 options.tokens_per_block, key, rank) for rank in range(config.tp_size)]
+    with engine_folder(options.output_dir):
+        missing = [job for job in jobs if not reuse(key, job.rank, job.output)]
+        _check_space(missing)
+        _build_ranks(missing, options.workers, report)
+        copy_tokenizer(options.checkpoint_dir, options.output_dir)
+        write_config(options.output_dir, engine_config(options, limits, to_json(config), key))
+    return report_on(options.output_dir, limits, notes, time.monotonic() - begin, reused=not missing)
+
+
+def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0) -> Program:
+    """The program of a rank before kernels are chosen: the model's, after all passes."""
+    model, quantization = config.model, config.quantization
+    context = Context(
+        algorithm=quantization.algorithm, group_size=quantization.group_size,
+        quantize_lm_head=quantization.quantize_lm_head, scale_dtype=model.dtype, tp_size=config.tp_size, rank=rank,
+        num_kv_heads=model.num_kv_heads)
+    kv_dtype = "int8" if quantization.kv_cache == "INT8" else model.dtype
+    return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context)
+
+
+def _build_ranks(jobs: list[_Job], workers: int, report: Report) -> None:
+    if min(workers, len(jobs)) <= 1:
+        for job in jobs:
+            _run(job, report)
+        return
+    context = multiprocessing.get_context("spawn")  # threads of the compiler driver and NumPy do not survive a fork
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        for job, size in zip(jobs, pool.map(_run_quietly, jobs), strict=True):
+            report(size, f"rank {job.rank} built")
+
+
+def _run(job: _Job, report: Report) -> int:
+    checkpoint = Checkpoint(job.checkpoint_dir)
+    facts = EngineFacts(
+        rank=job.rank, world_size=job.config.tp_size, build_key=job.key, vocab_size=job.config.model.vocab_size,
+        end_ids=job.config.end_ids, tokens_per_block=job.tokens_per_block, model=asdict(job.config.model),
+        builder=tensorwright.__version__)
+    program = program_of(job.config, job.tokens_per_block, job.rank)
+    check_names(checkpoint, job.rank, program, program_of(job.config, job.tokens_per_block))
+    size = build_rank(program, job.target, facts, CheckpointSource(checkpoint, job.rank), job.output, report)
+    remember(job.key, job.rank, job.output)
+    return size
+
+
+def _run_quietly(job: _Job) -> int:
+    return _run(job, lambda size, what: None)
+
+
+def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
+    return {"version": tensorwright.__version__, "target": asdict(target), "compiler": os.environ.get("CXX", ""),
+            "tokens_per_block": options.tokens_per_block}
+
+
+def _check_space(jobs: list[_Job]) -> None:
+    """Packed weights are about as large as the checkpoint's: refuse before hours of work, not after."""
+    needed = sum((job.checkpoint_dir / f"rank{job.rank}.safetensors").stat().st_size for job in jobs)
+    free = shutil.disk_usage(jobs[0].output.parent).free if jobs else 0
+    if needed > free:
+        raise BuildError(f"the engine needs about {needed / 1e9:.1f} GB, {jobs[0].output.parent} has "
+                         f"{free / 1e9:.1f} GB free", mend="give an --output_dir with more room")
+
+
+def _dry_run(options: BuildOptions, config: CheckpointConfig, target: Target, limits: Limits,
+             notes: list[str]) -> BuildReport:
+    from tensorwright.builder.plan import choose
+
+    for rank in range(config.tp_size):
+        choose(program_of(config, options.tokens_per_block, rank), target, KERNELS)
+    return BuildReport(limits=limits, notes=tuple(notes))

@@ -1,0 +1,94 @@
+"""Builds the engine file of one rank: program, passes, plan, compiled kernels, packed weights, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorwright.builder.memory import plan_memory
+from tensorwright.builder.pack import WeightSource, packed_weights
+from tensorwright.builder.plan import Plan, choose
+from tensorwright.engine.format import FORMAT_VERSION, KERNELS, MANIFEST, Writer
+from tensorwright.errors import BuildError
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source
+from tensorwright.kernels.cpu.elf import required_glibc
+from tensorwright.kernels.cpu.registry import KERNELS as CPU_KERNELS
+from tensorwright.kernels.interface import Target
+from tensorwright.program.program import Program, to_json
+
+Report = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the manifest says besides program and plan."""
+
+    rank: int
+    world_size: int
+    build_key: str
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    tokens_per_block: int
+    model: Mapping[str, Any]
+    builder: str  # version of this package
+
+
+def build_rank(program: Program, target: Target, facts: EngineFacts, source: WeightSource, output: Path,
+               report: Report) -> int:
+    """Write the engine file of a program that went through all passes. Gives its size in bytes."""
+    plan = choose(program, target, CPU_KERNELS)
+    report(0, "compiling kernels")
+    try:
+        shared = compile_shared(engine_source(plan.sources), target)
+    except OSError as error:
+        raise BuildError(f"the kernels could not be compiled: {error.strerror}",
+                         mend="make room for temporary files, or set TMPDIR to a folder that has some") from error
+    try:
+        with Writer(output, len(program.weights) + 2) as writer:
+            table = _write_weights(plan, source, writer, report)
+            writer.add(KERNELS, shared)
+            manifest = json.dumps(_manifest(plan, facts, table, required_glibc(shared))).encode()
+            writer.add(MANIFEST, manifest)
+            return writer.finish(_metadata(facts, target, {KERNELS: shared, MANIFEST: manifest}))
+    except OSError as error:
+        raise BuildError(f"{output} could not be written: {error.strerror}; nothing of it was left behind",
+                         mend="give another --output_dir, or make room") from error
+
+
+def _write_weights(plan: Plan, source: WeightSource, writer: Writer, report: Report) -> list[dict[str, Any]]:
+    table = []
+    for weight, layout, kernel, packed in packed_weights(plan, source):
+        section = f"weights/{weight.name}"
+        writer.add(section, packed)
+        table.append({"name": weight.name, "kernel": kernel, "layout": layout, "bytes": packed.nbytes,
+                      "crc32": writer.checksums[section]})
+        report(packed.nbytes, f"packing {weight.name}")
+    return table
+
+
+def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]], glibc: str) -> dict[str, Any]:
+    memory = plan_memory(plan.program)
+    return {
+        **asdict(facts),
+        "program": to_json(plan.program),
+        "steps": [{"op": c.op.name, "kernel": c.kernel.name, "layout": c.tactic.layout,
+                   "parameters": dict(c.tactic.parameters), "symbol": c.symbol} for c in plan.choices],
+        "memory": {"slots": [[slot.rows, slot.columns] for slot in memory.slots], "slot_of": memory.slot_of},
+        "weights": weights,
+        "kernels": {"glibc": glibc, "flags": list(plan.target.flags)},
+    }
+
+
+def _metadata(facts: EngineFacts, target: Target, checked: Mapping[str, bytes]) -> dict[str, str]:
+    """Section hashes are over the padded bytes, as a reader sees them."""
+    hashes = {}
+    for name, content in checked.items():
+        padded = content + b"\0" * (-len(content) % 4096)
+        hashes[f"{name}.sha256"] = hashlib.sha256(padded).hexdigest()
+    return {"format": "tensorwright-engine", "format_version": str(FORMAT_VERSION), "builder": facts.builder,
+            "target": target.name, "architecture": target.architecture, "features": " ".join(target.features),
+            "rank": str(facts.rank), "world_size": str(facts.world_size), "build_key": facts.build_key, **hashes}
