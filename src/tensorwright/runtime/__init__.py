@@ -1,0 +1,1 @@
+"""The runtime executes programs. It knows no models, no checkpoints and no builder."""

@@ -1,0 +1,62 @@
+"""One step's arrays, as the executor takes them. See `program.ops` for what each means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All int32 and C-contiguous. tokens T, sequences S, rows that get logits R."""
+
+    token_ids: Ints  # [T]
+    positions: Ints  # [T]
+    slots: Ints  # [T]
+    query_starts: Ints  # [S]
+    query_lengths: Ints  # [S]
+    kv_lengths: Ints  # [S], the step's own tokens included
+    block_tables: Ints  # [S, width], padded with 0
+    output_rows: Ints  # [R]
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """How one row of logits becomes a token: the plain numbers behind a request's sampling parameters."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    uniform: float = 0.0  # random number in [0, 1)
+    seen: tuple[int, ...] | Ints = ()  # tokens of prompt and output, each once; empty when no penalty is set
+    counts: tuple[int, ...] | Ints = ()  # times each was generated
+    biased: tuple[int, ...] | Ints = ()  # token ids
+    biases: tuple[float, ...] | Floats = ()  # added to their logits; -inf forbids
+
+
+class Executor(Protocol):
+    """What the request loop needs of an executor; tests hand in a fake one."""
+
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+
+    def execute(self, batch: Batch) -> Floats:
+        """Logits float32 [R, vocab_size]. The array is overwritten by the next call."""
+
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+        """A token per row, and its log probability under the unchanged logits (natural logarithm)."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer: for sequences that fork."""
