@@ -1,0 +1,1 @@
+"""The commands: one module per verb. Nothing heavy is imported before a verb is chosen."""

@@ -1,0 +1,178 @@
+"""Build, inspect and bench on a real small engine, as their users call them."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorwright.checkpoint.config import Quantization
+from tensorwright.checkpoint.convert import ConvertOptions, convert
+from tensorwright.cli import bandwidth
+from tensorwright.cli.bench import time_per_token
+from tensorwright.cli.main import main
+from tensorwright.cli.profile import decode_batch
+from tensorwright.errors import UsageError
+from tensorwright.testing.tiny import TinyModel, write_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = write_model(folder / "model", TinyModel(dtype="float16", max_position_embeddings=1_024_000))
+    convert(model, folder / "c", ConvertOptions(quantization=Quantization("W4A16", 128)), lambda size, what: None)
+    return folder / "c"
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine") / "e"
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(folder), "--max_seq_len", "256",
+                 "--max_batch_size", "4", "--log_level", "error"]) == 0
+    return folder
+
+
+def test_build_says_what_people_search_for(checkpoint: Path, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e")]) == 0
+    printed = capsys.readouterr()
+    assert "Set max_batch_size to 64.\n" in printed.out
+    assert "max_seq_len is not specified, using deduced value 131072\n" in printed.out
+    assert printed.out.count("max_seq_len is not specified") == 1
+    assert re.search(r"^Total time of building all engines: \d\d:\d\d:\d\d$", printed.out, re.M)
+    assert re.search(r"^  KV tokens that fit +[1-9]\d*", printed.out, re.M)
+    assert "Longest prompt: 131071 tokens" in printed.out
+    assert "build: done" in printed.err
+
+
+def test_other_limits_reuse_the_engine(checkpoint: Path, engine: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"),
+                 "--max_seq_len", "100"]) == 0
+    assert "only the limits are new" in capsys.readouterr().out
+    assert (tmp_path / "e" / "rank0.engine").read_bytes() == (engine / "rank0.engine").read_bytes()
+
+
+def test_a_dry_run_writes_nothing(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), "--dry_run"]) == 0
+    assert "Dry run: nothing was written." in capsys.readouterr().out
+    assert not (tmp_path / "e").exists()
+
+
+def test_limits_of_zero_are_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), "--max_batch_size", "0"]
+    assert main(["build", *words]) == 2
+    assert "max_batch_size must be 1 or more; got 0" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_an_engines_config_is_a_build_config(checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), "--build_config",
+                 str(engine / "config.json")]) == 0
+    limits = [json.loads((folder / "config.json").read_text())["build_config"] for folder in (engine, tmp_path / "e")]
+    assert limits[0] == limits[1]
+
+
+def test_inspect_an_engine(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, kind in ((engine, "engine folder"), (engine / "rank0.engine", "engine file")):
+        assert main(["inspect", str(path), "--json", "--verify", "--weights", "--program"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["kind"] == kind
+        assert facts["verified"] == "every section of 1 engine file is sound"
+        assert facts["weights"]["int4 group 128"] > 0
+        assert any("lm_head" in name for name, *_ in facts["tensors"])
+        assert "= attention(" in facts["program"]
+
+
+def test_inspect_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Checkpoint folder")
+    assert re.search(r"quantization +W4A16", printed)
+
+
+def test_verify_finds_a_flipped_bit(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((engine / "rank0.engine").read_bytes())
+    content[20_000] ^= 4
+    damaged = tmp_path / "rank0.engine"
+    damaged.write_bytes(content)
+    assert main(["inspect", str(damaged), "--verify"]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_foreign_safetensors_file_is_no_engine(checkpoint: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank0.engine").write_bytes((checkpoint / "rank0.safetensors").read_bytes())
+    assert main(["inspect", str(tmp_path / "rank0.engine")]) == 1
+    assert "engine" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "read_bandwidth", partial(bandwidth.read_bandwidth, buffer_bytes=1 << 24))
+
+
+def bench(engine: Path, *words: str) -> list[str]:
+    return ["bench", "--engine_dir", str(engine), "--input_len", "40", "--output_len", "12", "--repeats", "1", *words]
+
+
+@pytest.mark.usefixtures("quick_bandwidth")
+def test_bench(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "b.json"
+    assert main(bench(engine, "--batch_sizes", "1,4", "--threads", "1", "--profile", "--json", str(file))) == 0
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert [line["batch"] for line in result["decode"]] == [1, 4]
+    assert result["threads"] == 1
+    assert result["target"] == "native"
+    assert result["peak_rss_bytes"] > 1 << 20
+    for line in result["decode"]:
+        assert line["tok_s"] == pytest.approx(line["batch"] / line["tpot_ms"] * 1e3)
+        assert line["share_of_limit"] == pytest.approx(
+            line["bytes_per_step"] / (line["tpot_ms"] / 1e3) / result["bandwidth_bytes_s"])
+    assert result["decode"][1]["bytes_per_step"] > result["decode"][0]["bytes_per_step"]
+    kinds = result["profile"][0]["kinds"]
+    assert sum(kind["share"] for kind in kinds) == pytest.approx(1)
+    assert any(line["name"].startswith("layers.") for line in result["profile"][0]["worst"])
+    assert "share of limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "numbers"), [
+    (["--input_len", "250"], ("250", "262", "256")), (["--batch_sizes", "1,8"], ("8", "4")),
+    (["--output_len", "1"], ("1",)), (["--batch_sizes", "0"], ("got 0",)), (["--batch_sizes", "x"], ("invalid",))])
+def test_bench_refuses_what_the_engine_cannot_hold(engine: Path, words: list[str], numbers: tuple[str, ...],
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(bench(engine, *words))
+    except SystemExit as stopped:  # argparse's own way out
+        status = stopped.code
+    assert status == 2
+    printed = capsys.readouterr().err
+    assert all(number in printed for number in numbers)
+
+
+def test_time_per_token_counts_only_while_all_decode() -> None:
+    events = [(0, 1.0, 1), (0, 9.0, 1), (1, 10.0, 1), (0, 10.0, 1), (0, 12.0, 1), (1, 12.0, 1), (0, 14.0, 1),
+              (1, 14.0, 1), (1, 15.0, 1)]
+    assert time_per_token(events) == pytest.approx(2.0)
+
+
+def test_time_per_token_with_several_tokens_in_an_update() -> None:
+    assert time_per_token([(0, 0.0, 1), (0, 1.0, 1), (0, 4.0, 3)]) == pytest.approx(1.0)
+
+
+def test_sequences_that_never_decode_together_are_no_measurement() -> None:
+    with pytest.raises(UsageError, match="never decoded together"):
+        time_per_token([(0, 0.0, 1), (0, 1.0, 1), (1, 2.0, 1), (1, 3.0, 1)])
+
+
+def test_a_decode_batch_gives_every_sequence_blocks_of_its_own() -> None:
+    batch = decode_batch(3, 130, 64, 100)
+    assert batch.block_tables.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert batch.slots.tolist() == [2 * 64 + 1, 5 * 64 + 1, 8 * 64 + 1]
+    assert set(batch.positions.tolist()) == {129}
+    assert all(array.dtype == "int32" and array.flags.c_contiguous for array in vars(batch).values())
