@@ -1,0 +1,51 @@
+"""Tiny engines for tests: a recipe goes through the real convert and build. Compiled kernels are cached by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tensorwright.builder.build import build
+from tensorwright.builder.options import BuildOptions
+from tensorwright.checkpoint.config import Quantization
+from tensorwright.checkpoint.convert import ConvertOptions, DType, convert
+from tensorwright.testing.tiny import TinyModel, write_model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tiny model and how it is converted and built."""
+
+    model: TinyModel = field(default_factory=TinyModel)
+    dtype: DType = "float32"
+    algorithm: Literal["W8A16", "W4A16"] | None = None
+    group_size: int = 32
+    int8_kv_cache: bool = False
+    quantize_lm_head: bool = False
+    tp_size: int = 1
+    build: dict[str, Any] = field(default_factory=dict)
+
+
+def convert_tiny(recipe: Recipe, folder: Path) -> Path:
+    """Write the model, unless the folder holds one, and convert it; gives the checkpoint folder."""
+    model = folder / "model"
+    if not model.exists():
+        write_model(model, recipe.model)
+    quantization = Quantization(
+        recipe.algorithm, recipe.group_size, "INT8" if recipe.int8_kv_cache else None, recipe.quantize_lm_head)
+    options = ConvertOptions(dtype=recipe.dtype, quantization=quantization, tp_size=recipe.tp_size)
+    convert(model, folder / "checkpoint", options, _quiet)
+    return folder / "checkpoint"
+
+
+def build_engine(recipe: Recipe, folder: Path) -> Path:
+    """The engine folder of a recipe; the model's and checkpoint's folders lie beside it."""
+    checkpoint = convert_tiny(recipe, folder)
+    limits = {"max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, **recipe.build}
+    build(BuildOptions(checkpoint_dir=checkpoint, output_dir=folder / "engine", **limits), _quiet)
+    return folder / "engine"
+
+
+def _quiet(size: int, what: str) -> None:
+    """Nobody watches a test's progress."""
