@@ -3,13 +3,17 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/de
 DEV := .venv-dev/bin
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-numpy2 lint type bench accuracy test-gpu lines clean
+.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu lines clean
 
 demo: .venv/ready
 	.venv/bin/python scripts/demo.py
 
 test: .venv-dev/ready test-numpy2
-	$(DEV)/python -m pytest -q
+	$(DEV)/python -m pytest -q -m "not aarch64"
+
+# And the kernels of the other architecture: cross-compiled, run under qemu-user.
+test-all: test
+	$(DEV)/python -m pytest -q -m aarch64 tests/aarch64
 
 # The core again on numpy 2, without transformers and Triton (which needs numpy 1).
 test-numpy2: .venv-numpy2/ready

@@ -25,16 +25,30 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "model"
 sys.path.insert(0, str(ROOT))
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "bfloat16": (),
-    "W8A16": ("--use_weight_only", "--weight_only_precision", "int8"),
-    "W4A16, groups of 128": ("--use_weight_only", "--weight_only_precision", "int4"),
-    "W4A16, groups of 64": ("--use_weight_only", "--weight_only_precision", "int4", "--group_size", "64"),
-    "W4A16, one scale per channel": ("--use_weight_only", "--weight_only_precision", "int4", "--group_size", "-1"),
-    "bfloat16, int8 KV cache": ("--int8_kv_cache",),
-    "W4A16, groups of 128, int8 lm_head and KV cache": (
-        "--use_weight_only", "--weight_only_precision", "int4", "--quantize_lm_head", "--int8_kv_cache"),
-}
+INT8 = ("--use_weight_only", "--weight_only_precision", "int8")
+INT4 = ("--use_weight_only", "--weight_only_precision", "int4")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: flags of convert, and of build."""
+
+    name: str
+    convert: tuple[str, ...] = ()
+    build: tuple[str, ...] = ()
+
+
+VARIANTS = (
+    Variant("bfloat16"),
+    Variant("W8A16", INT8),
+    Variant("W8A16, exact", INT8, ("--exact",)),
+    Variant("W4A16, groups of 128", INT4),
+    Variant("W4A16, groups of 128, exact", INT4, ("--exact",)),
+    Variant("W4A16, groups of 64", (*INT4, "--group_size", "64")),
+    Variant("W4A16, one scale per channel", (*INT4, "--group_size", "-1")),
+    Variant("bfloat16, int8 KV cache", ("--int8_kv_cache",)),
+    Variant("W4A16, groups of 128, int8 lm_head and KV cache", (*INT4, "--quantize_lm_head", "--int8_kv_cache")),
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +62,17 @@ class Score:
     weight_error: str
 
 
-def engine_of(folder: Path, flags: Sequence[str]) -> tuple[Path, str]:
-    """Convert and build demo/model with the given flags of convert; also the weight error that convert prints."""
+def engine_of(folder: Path, variant: Variant) -> tuple[Path, str]:
+    """Convert and build demo/model as the variant says; also the weight error that convert prints."""
     checkpoint, engine = folder / "checkpoint", folder / "engine"
     command = [sys.executable, "-m", "tensorwright"]
     printed = subprocess.run([*command, "convert", "--model_dir", str(MODEL), "--output_dir", str(checkpoint),
-                              "--dtype", "bfloat16", *flags], check=True, capture_output=True, text=True).stdout
+                              "--dtype", "bfloat16", *variant.convert],
+                             check=True, capture_output=True, text=True).stdout
     error = re.search(r"^ *fc +([0-9.]+)", printed, flags=re.MULTILINE)
     subprocess.run([*command, "build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(engine),
                     "--max_batch_size", "32", "--max_seq_len", "768", "--max_num_tokens", "768",
-                    "--gather_all_token_logits"], check=True, capture_output=True)
+                    "--gather_all_token_logits", *variant.build], check=True, capture_output=True)
     return engine, error.group(1) if error else ""
 
 
@@ -101,17 +116,17 @@ def main() -> None:
     print("| weights | exact match | same answer as bfloat16 | perplexity | weight error | engine, MB |")
     print("|---|---|---|---|---|---|")
     plain: list[str] = []
-    for name, flags in VARIANTS.items():
+    for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            engine, weight_error = engine_of(Path(folder), flags)
+            engine, weight_error = engine_of(Path(folder), variant)
             llm = LLM(engine)
             given = answers(llm, [question for _, question, _ in asked])
             plain = plain or given
             score = Score(np.mean([a == b for a, b in zip(given, expected, strict=True)]).item(),
                           np.mean([a == b for a, b in zip(given, plain, strict=True)]).item(),
                           perplexity(llm, texts), (engine / "rank0.engine").stat().st_size / 1e6, weight_error)
-        print(f"| {name} | {score.exact:.1%} | {score.same:.1%} | {score.perplexity:.4f} | {score.weight_error} | "
-              f"{score.megabytes:.1f} |", flush=True)
+        print(f"| {variant.name} | {score.exact:.1%} | {score.same:.1%} | {score.perplexity:.4f} | "
+              f"{score.weight_error} | {score.megabytes:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

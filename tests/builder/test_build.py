@@ -17,7 +17,14 @@ from tensorwright.builder.options import BuildOptions
 from tensorwright.builder.rebuild import EngineSource
 from tensorwright.engine.engine import Engine
 from tensorwright.engine.format import Reader, Writer
-from tensorwright.errors import BuildError, CheckpointError, EngineError, IncompatibleEngineError, RanksError
+from tensorwright.errors import (
+    BuildError,
+    CheckpointError,
+    EngineError,
+    IncompatibleEngineError,
+    RanksError,
+    UsageError,
+)
 from tensorwright.testing.engines import Recipe, build_engine, convert_tiny
 from tensorwright.testing.tiny import TinyModel
 
@@ -55,7 +62,31 @@ def test_other_limits_reuse_the_engine_file(checkpoint: Path, engine_dir: Path, 
 
 
 def test_what_changes_code_or_weights_builds_anew(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:
-    assert not build(options(checkpoint, tmp_path, tokens_per_block=32), quiet).reused
+    for index, change in enumerate(({"tokens_per_block": 32}, {"exact": True})):
+        assert not build(options(checkpoint, tmp_path / str(index), **change), quiet).reused
+        assert Engine.open(tmp_path / str(index)).metadata["build_key"] != Engine.open(engine_dir).metadata["build_key"]
+
+
+def test_exact_engines_round_no_activations(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:
+    build(options(checkpoint, tmp_path, exact=True), quiet)
+    groups = {}
+    for folder in (engine_dir, tmp_path):
+        program = Engine.open(folder).program
+        linears = [op for op in program.ops if op.kind == "linear"]
+        groups[folder] = {op.attributes["activation_group"] for op in linears
+                          if program.weights[op.weights["weight"]].is_quantized}
+        assert json.loads((folder / "config.json").read_text())["build_config"]["exact"] is (folder == tmp_path)
+    assert groups == {engine_dir: {32}, tmp_path: {0}}
+
+
+def test_rebuilding_kernels_keeps_exactness(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="was built without --exact"):
+        build(BuildOptions(rebuild_kernels=engine_dir, output_dir=tmp_path / "f", exact=True), quiet)
+    build(options(checkpoint, tmp_path / "e", exact=True), quiet)
+    before = Engine.open(tmp_path / "e").program
+    build(BuildOptions(rebuild_kernels=tmp_path / "e", output_dir=tmp_path / "e"), quiet)
+    assert Engine.open(tmp_path / "e").program == before
+    assert Engine.open(tmp_path / "e").config["build_config"]["exact"] is True
 
 
 def test_another_compiler_builds_anew(checkpoint: Path, engine_dir: Path, tmp_path: Path,

@@ -75,6 +75,8 @@ def test_the_guides_line(dashes: bool, capsys: pytest.CaptureFixture[str]) -> No
     ("--tokens_per_block 32", {"tokens_per_block": 32}),
     ("--max_beam_width 4", {"max_beam_width": 4}),
     ("--opt_num_tokens 8", {"opt_num_tokens": 8}),
+    ("--exact", {"exact": True}),
+    ("--exact disable", {}),
     ("--target x86-64-v3 --dry_run", {"target": "x86-64-v3", "dry_run": True}),
     ("--lora_plugin disable --max_draft_len 0 --streamingllm disable --auto_parallel 1", {}),
     ("--max_prompt_embedding_table_size 0 --speculative_decoding_mode none", {})])
@@ -143,11 +145,11 @@ def test_a_build_config_replaces_limits(tmp_path: Path, capsys: pytest.CaptureFi
     path.write_text(json.dumps({"build_config": {
         "max_input_len": 100, "max_seq_len": 128, "max_batch_size": 3, "max_beam_width": 1, "max_num_tokens": 128,
         "opt_num_tokens": None, "kv_cache_type": "PAGED", "gather_context_logits": True, "strongly_typed": True,
-        "speculative_decoding_mode": 1, "max_draft_len": 0,
+        "exact": True, "speculative_decoding_mode": 1, "max_draft_len": 0,
         "plugin_config": {"tokens_per_block": 32, "remove_input_padding": False, "gemm_plugin": "float16"}}}))
     assert options_of(f"--build_config {path} --max_batch_size 99 --logits_dtype float16") == BuildOptions(
         checkpoint_dir=Path("C"), max_input_len=100, max_seq_len=128, max_batch_size=3, max_num_tokens=128,
-        gather_context_logits=True, tokens_per_block=32, remove_input_padding=False, logits_dtype="float16")
+        gather_context_logits=True, tokens_per_block=32, remove_input_padding=False, logits_dtype="float16", exact=True)
     assert "2 other settings" in capsys.readouterr().err
 
 

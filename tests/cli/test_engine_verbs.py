@@ -85,8 +85,17 @@ def test_inspect_an_engine(engine: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert facts["kind"] == kind
         assert facts["verified"] == "every section of 1 engine file is sound"
         assert facts["weights"]["int4 group 128"] > 0
+        assert facts["activations"] == "float32, int8 in 8 of 9 linears"
         assert any("lm_head" in name for name, *_ in facts["tensors"])
         assert "= attention(" in facts["program"]
+
+
+def test_inspect_an_exact_engine(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "e"), "--exact"]
+    assert main(["build", *words, "--log_level", "error"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "e")]) == 0
+    assert re.search(r"activations +float32 \(built with --exact\)", capsys.readouterr().out)
 
 
 def test_inspect_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

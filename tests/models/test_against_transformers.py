@@ -90,6 +90,19 @@ def test_rounded_weights_with_int8_activations_agree_to_a_hundredth(
     assert root_mean_square_error(our_logits(engine_dir, PROMPT), their_logits(model, PROMPT)) < 1e-2
 
 
+@pytest.mark.parametrize(("algorithm", "group_size"), [("W8A16", -1), ("W4A16", 32), ("W4A16", 128), ("W4A16", -1)])
+def test_rounded_weights_with_float32_activations_agree_to_a_ten_thousandth(
+        algorithm: Any, group_size: int, tmp_path: Path) -> None:
+    """Built with exact: the codes and scales are the only rounding, and transformers computes with the same."""
+    recipe = Recipe(TinyModel("mistral"), algorithm=algorithm, group_size=group_size, build={"exact": True})
+    engine_dir = build_engine(recipe, tmp_path)
+    model = their_model(tmp_path / "model")
+    _put_rounded_weights(model, engine_dir)
+    wanted = their_logits(model, PROMPT)
+    assert relative_error(our_logits(engine_dir, PROMPT), wanted) < 1e-4
+    assert relative_error(our_logits(engine_dir, PROMPT, chunk=5), wanted) < 1e-4
+
+
 def _write_initialised(tiny: TinyModel, folder: Path) -> None:
     write_model(folder, tiny)
     torch.manual_seed(0)

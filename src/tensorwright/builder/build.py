@@ -49,6 +49,7 @@ class _Job:
     config: CheckpointConfig
     target: Target
     tokens_per_block: int
+    exact: bool
     key: str
     rank: int
 
@@ -72,7 +73,7 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
         return _dry_run(options, config, target, limits, notes)
     key = build_key(_facts(options, target), options.checkpoint_dir)
     jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
-                 options.tokens_per_block, key, rank) for rank in range(config.tp_size)]
+                 options.tokens_per_block, options.exact, key, rank) for rank in range(config.tp_size)]
     with engine_folder(options.output_dir):
         missing = [job for job in jobs if not reuse(key, job.rank, job.output)]
         _check_space(missing)
@@ -82,13 +83,13 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     return report_on(options.output_dir, limits, notes, time.monotonic() - begin, reused=not missing)
 
 
-def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0) -> Program:
-    """The program of a rank before kernels are chosen: the model's, after all passes."""
+def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False) -> Program:
+    """The program of a rank before kernels are chosen: the model's, after all passes. `exact`: nothing is rounded."""
     model, quantization = config.model, config.quantization
     context = Context(
         algorithm=quantization.algorithm, group_size=quantization.group_size,
         quantize_lm_head=quantization.quantize_lm_head, scale_dtype=model.dtype, tp_size=config.tp_size, rank=rank,
-        num_kv_heads=model.num_kv_heads)
+        num_kv_heads=model.num_kv_heads, activation_group=0 if exact else Context.activation_group)
     kv_dtype = "int8" if quantization.kv_cache == "INT8" else model.dtype
     return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context)
 
@@ -110,7 +111,7 @@ def _run(job: _Job, report: Report) -> int:
         rank=job.rank, world_size=job.config.tp_size, build_key=job.key, vocab_size=job.config.model.vocab_size,
         end_ids=job.config.end_ids, tokens_per_block=job.tokens_per_block, model=asdict(job.config.model),
         builder=tensorwright.__version__)
-    program = program_of(job.config, job.tokens_per_block, job.rank)
+    program = program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact)
     check_names(checkpoint, job.rank, program, program_of(job.config, job.tokens_per_block))
     size = build_rank(program, job.target, facts, CheckpointSource(checkpoint, job.rank), job.output, report)
     remember(job.key, job.rank, job.output)
@@ -123,7 +124,7 @@ def _run_quietly(job: _Job) -> int:
 
 def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
     return {"version": tensorwright.__version__, "target": asdict(target), "compiler": os.environ.get("CXX", ""),
-            "tokens_per_block": options.tokens_per_block}
+            "tokens_per_block": options.tokens_per_block, "exact": options.exact}
 
 
 def _check_space(jobs: list[_Job]) -> None:
@@ -140,5 +141,5 @@ def _dry_run(options: BuildOptions, config: CheckpointConfig, target: Target, li
     from tensorwright.builder.plan import choose
 
     for rank in range(config.tp_size):
-        choose(program_of(config, options.tokens_per_block, rank), target, KERNELS)
+        choose(program_of(config, options.tokens_per_block, rank, exact=options.exact), target, KERNELS)
     return BuildReport(limits=limits, notes=tuple(notes))

@@ -56,6 +56,9 @@ def rebuild_kernels(options: BuildOptions, report: Report) -> BuildReport:
     if source_dir is None:
         raise UsageError("no engine folder was given", mend="tensorwright build --rebuild_kernels E --output_dir F")
     config = read_config(source_dir)
+    if options.exact and not config["build_config"].get("exact"):
+        raise UsageError(f"the engine in {source_dir} was built without --exact; --rebuild_kernels keeps its program",
+                         mend=f"tensorwright build --checkpoint_dir C --output_dir {output_dir} --exact")
     target = resolve_target(options.target)
     origin = _origin(config)
     key = f"rebuilt {target.name} {' '.join(target.features)} by {tensorwright.__version__} from {origin}"

@@ -10,7 +10,9 @@ from typing import Any
 import tensorwright
 from tensorwright.builder.limits import opt_num_tokens
 from tensorwright.builder.options import BuildOptions
+from tensorwright.engine.config import read_config
 from tensorwright.engine.engine import Engine
+from tensorwright.engine.format import Reader
 from tensorwright.engine.limits import Limits
 
 
@@ -29,8 +31,8 @@ class BuildReport:
 
 
 def report_on(folder: Path, limits: Limits, notes: list[str], build_s: float, *, reused: bool) -> BuildReport:
-    """Open what was built, which checks it, and measure it."""
-    engine = Engine.open(folder)
+    """Read what was built, which checks its manifest, and measure it. It may be for another machine than this."""
+    engine = Engine(Reader(folder / "rank0.engine"), read_config(folder), folder)
     rows = {"tokens": limits.max_num_tokens, "outputs": limits.max_batch_size * limits.max_beam_width}
     activations = sum(rows[symbol] * columns * 4 for symbol, columns in engine.manifest["memory"]["slots"])
     return BuildReport(limits, tuple(notes), engine.reader.path.stat().st_size, engine.weight_bytes, activations,
@@ -52,7 +54,8 @@ def engine_config(options: BuildOptions, limits: Limits, checkpoint_config: Mapp
         "build_config": {
             **asdict(limits), "opt_batch_size": limits.max_batch_size,
             "opt_num_tokens": opt_num_tokens(options, limits), "kv_cache_type": "PAGED",
-            "tokens_per_block": options.tokens_per_block, "profiling_verbosity": options.profiling_verbosity,
+            "tokens_per_block": options.tokens_per_block, "exact": options.exact,
+            "profiling_verbosity": options.profiling_verbosity,
             "max_prompt_embedding_table_size": 0, "max_draft_len": 0, "speculative_decoding_mode": 1,
             "strongly_typed": True, "plugin_config": plugins},
     }

@@ -117,7 +117,7 @@ def _engine_file(reader: Reader, weights: bool) -> Facts:
         "features": metadata.get("features"), "glibc": manifest["kernels"]["glibc"],
         "rank": int(metadata["rank"]), "ranks": int(metadata["world_size"]),
         **_model_facts(manifest["model"]), "end_ids": manifest["end_ids"],
-        "weights": _dtypes(program), "kv_cache": _cache_dtypes(program),
+        "weights": _dtypes(program), "activations": _activations(program), "kv_cache": _cache_dtypes(program),
         "tokens_per_block": manifest["tokens_per_block"], "engine_bytes": reader.path.stat().st_size,
         "weight_bytes": sum(entry["bytes"] for entry in manifest["weights"]),
         "ops": dict(Counter(op.kind for op in program.ops)),
@@ -238,6 +238,16 @@ def _weight_type(program: Program, name: str) -> str:
     weight = program.weights[name]
     group = f" group {weight.group_size}" if weight.group_size > 0 else " per channel"
     return weight.dtype + (group if weight.is_quantized else "")
+
+
+def _activations(program: Program) -> str:
+    """float32 always; rounded to int8 on the way into linears with quantised weights, unless built with --exact."""
+    linears = [op for op in program.ops if op.kind == "linear"]
+    rounded = sum(op.attributes.get("activation_group", 0) > 0 for op in linears)
+    if rounded:
+        return f"float32, int8 in {rounded} of {len(linears)} linears"
+    exact = any(program.weights[op.weights["weight"]].is_quantized for op in linears)
+    return "float32 (built with --exact)" if exact else "float32"
 
 
 def _cache_dtypes(program: Program) -> str:
