@@ -1,5 +1,6 @@
 // What every engine's shared object exports besides its kernels.
 #pragma once
+#include "bandwidth.h"
 #include "pool.h"
 #include "sample.h"
 
@@ -23,6 +24,12 @@ TW_EXPORT void tw_sample(tw_pool* pool, const float* logits, int32_t rows, int32
                          int32_t* tokens, float* log_probs) {
   tw::sampling_job job{logits, rows, vocab, requests, tokens, log_probs};
   tw::run_job(pool, tw::sample_rows, &job);
+}
+
+// Every worker reads its share of `bytes` from `from` on.
+TW_EXPORT void tw_read(tw_pool* pool, const void* from, int64_t bytes) {
+  tw::reading_job job{static_cast<const uint8_t*>(from), bytes};
+  tw::run_job(pool, tw::read_memory, &job);
 }
 
 }
