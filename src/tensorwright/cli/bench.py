@@ -64,7 +64,7 @@ def configure(parser: Parser) -> None:
                         help="sequences decoded together (default: 1)")
     parser.add_argument("--input_len", type=_count, default=512, help="tokens of each prompt")
     parser.add_argument("--output_len", type=_count, default=64, help="new tokens of each sequence, 2 or more")
-    parser.add_argument("--threads", type=_count, help="threads (default: one per processor)")
+    parser.add_argument("--threads", type=_count, help="threads (default: one per physical core)")
     parser.add_argument("--repeats", type=_count, default=3, help="times that each figure is measured")
     parser.add_argument("--profile", action="store_true", help="also name the steps that the time goes to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -94,11 +94,12 @@ def main(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace, communicator: Communicator | None) -> Measurement:
     """All figures, of this rank. LimitError when the engine cannot hold such requests."""
     from tensorwright.cli.bandwidth import read_bandwidth
-    from tensorwright.cli.machine import num_processors, peak_memory_bytes
+    from tensorwright.cli.machine import peak_memory_bytes
     from tensorwright.engine.config import limits_of, read_config
+    from tensorwright.runtime.executor import default_threads
     from tensorwright.runtime.llm import LLM
 
-    threads = arguments.threads or num_processors()
+    threads = arguments.threads or default_threads()
     length = arguments.input_len + arguments.output_len
     _check(limits_of(read_config(arguments.engine_dir)), arguments)
     started = time.perf_counter()

@@ -25,6 +25,7 @@ from tensorwright.program.program import Buffer, Op
 from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks, read_launch
 from tensorwright.runtime.native import ABI_VERSION, Run, Sampling, Step, addresses, aligned
+from tensorwright.runtime.processors import usable_cores
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
                           "int8": np.int8, "int32": np.int32}
@@ -32,7 +33,7 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat1
 
 def default_threads() -> int:
     """One per core that this process may use, shared with the other ranks on this host."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, read_launch(os.environ).local_size))
+    return max(1, usable_cores() // max(1, read_launch(os.environ).local_size))
 
 
 class CpuExecutor:
