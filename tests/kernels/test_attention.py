@@ -25,6 +25,8 @@ SHAPES = [
     ("int8", 3, 3, 20, 8, 7),
     ("float32", 15, 1, 16, 8, 0),
     ("float16", 8, 8, 64, 64, 100),
+    ("bfloat16", 16, 2, 64, 64, 0),
+    ("int8", 4, 2, 64, 16, 0),
 ]
 
 # (query_length, kv_length) of each sequence
@@ -85,6 +87,20 @@ def test_bits_do_not_depend_on_the_number_of_workers(ops: NativeOps, batch_name:
     for index in range(len(SHAPES)):
         one, three = (outputs(ops, index, batch_name, workers)[0] for workers in (1, 3))
         np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("lengths", [[(1, 90)], [(40, 90)]], ids=["decode", "prefill"])
+def test_a_number_that_is_none_reaches_its_row_alone(ops: NativeOps, lengths: list[tuple[int, int]]) -> None:
+    batch, blocks = make_batch(lengths, SHAPES[0][4])
+    random = np.random.default_rng(2)
+    arrays = cache_arrays(SHAPES[0], blocks, random)
+    arrays["q"] = random.standard_normal((lengths[0][0], 80)).astype(np.float32)
+    arrays["q"][0, 25] = np.nan  # of head 1
+    arrays["y"] = np.zeros_like(arrays["q"])
+    ops.run(0, arrays, {}, batch)
+    expected = np.zeros(arrays["y"].shape, bool)
+    expected[0, 20:40] = True
+    np.testing.assert_array_equal(np.isnan(arrays["y"]), expected)
 
 
 def test_positions_out_of_sight_are_never_read(ops: NativeOps) -> None:

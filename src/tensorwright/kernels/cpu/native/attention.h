@@ -1,223 +1,41 @@
 // Causal attention over KV blocks, in one pass with an online softmax (Dao et al., 2022, FlashAttention).
 //
 // A unit of work is the query rows of one kv head (its GROUP query heads times up to QUERIES tokens) against a range of
-// cached positions, taken in tiles of TILE. Few rows (decode) read the cache once, straight from memory, with dot
-// products; many rows (prefill) first turn the tile's keys so that both products are small matrix products. A decode
-// token with a long context is cut into up to MAX_SPLITS ranges (flash decoding) whose results are merged after a
-// barrier. Cuts depend on the sequence, and on whether the step has more than SPLIT_SEQUENCES: the bits do not depend on
-// the number of workers.
-// Moves: every cached key and value of a sequence once per tile of query rows.
+// cached positions, taken in tiles of TILE. A decode token with a long context is cut into up to MAX_SPLITS ranges
+// (flash decoding) whose results are merged after a barrier. Cuts depend on the sequence, and on whether the step has
+// more than SPLIT_SEQUENCES: the bits do not depend on the number of workers.
+//
+// Limits, for a position of one kv head and 4 query heads of 64 numbers. Bytes: a key and a value, 256 in 16 bits, 136
+// in int8 with its scales; a core with 22 GB/s takes 11.6 and 6.2 ns. Operations: 32 multiply-adds of 16 lanes, 4 ns;
+// with the conversions, the sums of dot products and the softmax 7 ns. So decode is bound by memory, and by arithmetic
+// as well for int8. Prefill reads a position once for UNIT_ROWS rows: only its arithmetic counts, of which the two
+// products are 85 %.
 #pragma once
-#include "functions.h"
-#include "kv_cache.h"
+#include "attention_many.h"
 #include "pool.h"
 
 namespace tw {
 
-constexpr int TILE = 64;           // cached positions
-constexpr int TILE_ROWS = 64;      // query rows
-constexpr int DOT_ROWS = 12;       // from here on the tile's keys are turned
+constexpr int UNIT_ROWS = 96;  // query rows
 constexpr int MAX_SPLITS = 8;
 constexpr int SPLIT_TOKENS = 512;  // a range is not cut shorter
 constexpr int SPLIT_SEQUENCES = 64;  // bigger batches have work enough without cutting
 
-// c[R][C vectors] (+)= a[R][depth] · b[depth][C vectors]; strides in floats.
-template <int R, int C>
-TW_INLINE void multiply_tile(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
-                             int depth, bool accumulate) {
-  floats sums[R * C];
-  unrolled<R * C>([&](auto i) TW_INLINE_LAMBDA {
-    constexpr int I = decltype(i)::value;
-    sums[I] = accumulate ? load(c + I / C * c_stride + I % C * LANES) : floats{};
-  });
-  for (int k = 0; k < depth; ++k) {
-    floats row[C];
-    unrolled<C>([&](auto i) TW_INLINE_LAMBDA {
-      constexpr int I = decltype(i)::value;
-      row[I] = load(b + k * b_stride + I * LANES);
-    });
-    unrolled<R * C>([&](auto i) TW_INLINE_LAMBDA {
-      constexpr int I = decltype(i)::value;
-      sums[I] = multiply_add(broadcast(a[I / C * a_stride + k]), row[I % C], sums[I]);
-    });
-  }
-  unrolled<R * C>([&](auto i) TW_INLINE_LAMBDA {
-    constexpr int I = decltype(i)::value;
-    store(c + I / C * c_stride + I % C * LANES, sums[I]);
-  });
-}
-
-#if defined(TW_AVX512) || defined(__aarch64__)
-constexpr int TILE_VECTORS = 4;  // 16 accumulators of 32 registers
-#else
-constexpr int TILE_VECTORS = 2;  // 8 of 16
-#endif
-
-// c[rows][columns] (+)= a[rows][depth] · b[depth][columns]; rows in fours, columns in whole vectors.
-TW_INLINE void multiply_rows(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
-                             int rows, int columns, int depth, bool accumulate) {
-  for (int r = 0; r < rows; r += 4) {
-    const float* from = a + r * a_stride;
-    float* to = c + r * c_stride;
-    int column = 0;
-    for (; column + TILE_VECTORS * LANES <= columns; column += TILE_VECTORS * LANES)
-      multiply_tile<4, TILE_VECTORS>(from, a_stride, b + column, b_stride, to + column, c_stride, depth, accumulate);
-    for (; column < columns; column += LANES)
-      multiply_tile<4, 1>(from, a_stride, b + column, b_stride, to + column, c_stride, depth, accumulate);
-  }
-}
-
-// One unit's query rows and running results. PADDED rows and head size, so that no loop has a rest.
-template <class Number, int HEAD_SIZE, int ROWS>
-struct attention_state {
-  static constexpr int VECTORS = (HEAD_SIZE + LANES - 1) / LANES;
-  static constexpr int SIZE = VECTORS * LANES;
-  alignas(64) float q[ROWS][SIZE];  // already times the softmax scale
-  alignas(64) float sums[ROWS][SIZE];
-  alignas(64) float weights[ROWS][TILE];  // scores, then e^(score − largest)
-  alignas(64) float keys[SIZE][TILE];     // turned
-  alignas(64) float values[TILE][SIZE];
-  alignas(64) float key_scales[TILE], value_scales[TILE];
-  float largest[ROWS], totals[ROWS];
-  const Number *key_rows[TILE], *value_rows[TILE];
-
-  void begin(int rows) {
-    for (int r = 0; r < rows; ++r) {
-      memset(sums[r], 0, sizeof sums[r]);
-      largest[r] = -INFINITY;
-      totals[r] = 0.0f;
-    }
-  }
-
-  // Scores of R rows for one position at a time: the key is read once for all of them.
-  template <int R>
-  TW_INLINE void dot_scores(attention_state& s, int row, int count) {
-    for (int k = 0; k < count; ++k) {
-      floats dots[R] = {};
-      unrolled<VECTORS>([&](auto v) TW_INLINE_LAMBDA {
-        constexpr int V = decltype(v)::value;
-        const floats key = load_part<HEAD_SIZE, V>(s.key_rows[k]);
-        unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
-          constexpr int I = decltype(r)::value;
-          dots[I] = multiply_add(load(s.q[row + I] + V * LANES), key, dots[I]);
-        });
-      });
-      unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
-        constexpr int I = decltype(r)::value;
-        s.weights[row + I][k] = reduce_add(dots[I]);
-      });
-    }
-  }
-
-  // sums += weights · values for R rows, values straight from the cache.
-  template <int R>
-  TW_INLINE void dot_values(attention_state& s, int row, int count) {
-    unrolled<VECTORS>([&](auto v) TW_INLINE_LAMBDA {
-      constexpr int V = decltype(v)::value;
-      floats totals[R];
-      unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
-        constexpr int I = decltype(r)::value;
-        totals[I] = load(s.sums[row + I] + V * LANES);
-      });
-      for (int k = 0; k < count; ++k) {
-        const floats value = load_part<HEAD_SIZE, V>(s.value_rows[k]);
-        unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
-          constexpr int I = decltype(r)::value;
-          totals[I] = multiply_add(broadcast(s.weights[row + I][k]), value, totals[I]);
-        });
-      }
-      unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
-        constexpr int I = decltype(r)::value;
-        store(s.sums[row + I] + V * LANES, totals[I]);
-      });
-    });
-  }
-
-  // `values` takes the rows as float32.
-  void widen(const Number* const* from, int count) {
-    for (int k = 0; k < count; ++k)
-      unrolled<VECTORS>([&](auto v) TW_INLINE_LAMBDA {
-        constexpr int V = decltype(v)::value;
-        store(values[k] + V * LANES, load_part<HEAD_SIZE, V>(from[k]));
-      });
-  }
-
-  void score(int rows, int count) {
-    if (rows < DOT_ROWS) {
-      int row = 0;
-      for (; row + 4 <= rows; row += 4) dot_scores<4>(*this, row, count);
-      for (; row < rows; ++row) dot_scores<1>(*this, row, count);
-      return;
-    }
-    widen(key_rows, count);
-    for (int k = count; k < TILE; ++k) memset(values[k], 0, sizeof values[k]);
-    for (int i = 0; i < HEAD_SIZE; ++i)
-      for (int k = 0; k < TILE; ++k) keys[i][k] = values[k][i];
-    multiply_rows(q[0], SIZE, keys[0], TILE, weights[0], TILE, padded(rows), TILE, HEAD_SIZE, false);
-  }
-
-  void add_values(int rows, int count) {
-    if (rows < DOT_ROWS) {
-      int row = 0;
-      for (; row + 4 <= rows; row += 4) dot_values<4>(*this, row, count);
-      for (; row < rows; ++row) dot_values<1>(*this, row, count);
-      return;
-    }
-    widen(value_rows, count);
-    multiply_rows(weights[0], TILE, values[0], SIZE, sums[0], SIZE, padded(rows), SIZE, count, true);
-  }
-
-  // Scores of one row become weights; positions outside [first, last) of the tile get weight 0.
-  void soften(int row, int first, int last) {
-    float* w = weights[row];
-    constexpr bool SCALED = sizeof(Number) == 1;
-    floats top = broadcast(-INFINITY);
-    for (int k = 0; k < TILE; k += LANES) {
-      const ints position = lane_numbers() + k;
-      floats score = load(w + k);
-      if (SCALED) score = score * load(key_scales + k);
-      score = (position >= first) & (position < last) ? score : broadcast(-INFINITY);
-      store(w + k, score);
-      top = maximum(top, score);
-    }
-    const float old = largest[row], most = reduce_maximum(top), now = most > old ? most : old;
-    floats total = {};
-    for (int k = 0; k < TILE; k += LANES) {
-      floats weight = exponential(load(w + k) - now);
-      total += weight;
-      if (SCALED) weight = weight * load(value_scales + k);
-      store(w + k, weight);
-    }
-    rescale(row, old, now);
-    totals[row] += reduce_add(total);
-  }
-
-  void rescale(int row, float old, float now) {
-    largest[row] = now;
-    if (old == now) return;
-    const float factor = expf(old - now);  // 0 for the first tile
-    totals[row] *= factor;
-    for (int i = 0; i < SIZE; i += LANES) store(sums[row] + i, load(sums[row] + i) * factor);
-  }
-
-  static constexpr int padded(int rows) { return (rows + 3) / 4 * 4; }
-  static ints lane_numbers() {
-    ints lanes;
-    for (int i = 0; i < LANES; ++i) lanes[i] = i;
-    return lanes;
-  }
-};
+// Rows beyond a unit's own are computed, and never written.
+constexpr int padded(int rows) { return (rows + FEW_ROWS - 1) / FEW_ROWS * FEW_ROWS; }
+static_assert(FEW_ROWS % TILE_STEP == 0 && FEW_ROWS % 4 == 0, "padding fills groups of either kind");
 
 // buffers q [T, HEADS * HEAD_SIZE], kv, kv_scales (int8 only), y as q. Scratch: SPLIT_SEQUENCES (or T if fewer) *
 // HEADS * MAX_SPLITS * (SIZE + 16) floats. WINDOW 0: the whole context. SCALE is a float's bits.
 template <class Number, int HEADS, int KV_HEADS, int HEAD_SIZE, int BLOCK_SIZE, int WINDOW, uint32_t SCALE>
 struct attention {
   static constexpr int GROUP = HEADS / KV_HEADS;
-  static constexpr int QUERIES = GROUP < TILE_ROWS ? TILE_ROWS / GROUP : 1;  // tokens of a unit
-  static constexpr int ROWS = (QUERIES * GROUP + 3) / 4 * 4;
-  using state = attention_state<Number, HEAD_SIZE, ROWS>;
-  using layout = kv_layout<KV_HEADS, HEAD_SIZE, BLOCK_SIZE>;
-  static constexpr int PARTIAL = (HEAD_SIZE + LANES - 1) / LANES * LANES + 16;  // sums, largest, total
+  static constexpr int QUERIES = GROUP < UNIT_ROWS ? UNIT_ROWS / GROUP : 1;  // tokens of a unit
+  static constexpr int ROWS = padded(QUERIES * GROUP);
+  static constexpr int SIZE = (HEAD_SIZE + LANES - 1) / LANES * LANES;
+  static constexpr int PARTIAL = SIZE + 16;  // sums, largest, total
+  static constexpr bool SCALED = sizeof(Number) == 1;
+  using cached = cached_head<Number, KV_HEADS, HEAD_SIZE, BLOCK_SIZE>;
 
   struct arrays {
     const float* q;
@@ -226,7 +44,27 @@ struct attention {
     float* y;
   };
 
-  // Row r of a unit is query token r / GROUP, query head r % GROUP of the kv head.
+  // A unit's rows and running results. Row r is query token r / GROUP, query head r % GROUP of the kv head. Scores are
+  // in powers of 2, so q is multiplied by the softmax scale and by log2 e.
+  struct state {
+    alignas(64) float q[ROWS][SIZE];
+    alignas(64) float sums[ROWS][SIZE];
+    alignas(64) float weights[FEW_ROWS * TILE + LANES];
+    alignas(64) float totals[ROWS][LANES];
+    alignas(64) float factors[TILE_STEP + LANES];
+    alignas(64) float largest[ROWS + LANES];
+    wide_tile<cached, Number, HEAD_SIZE> tile;
+  };
+
+  // The tokens of a unit, and the cached positions [begin, end) that it attends to.
+  struct unit {
+    int64_t token;
+    int tokens, position, begin, end;  // `position`: of the first token
+    int rows() const { return tokens * GROUP; }
+    int first(int row) const { return first_visible(position + row / GROUP); }
+    int last(int row) const { return position + row / GROUP + 1; }
+  };
+
   static int64_t row_offset(int64_t token, int head, int row) {
     return ((token + row / GROUP) * HEADS + head * GROUP + row % GROUP) * HEAD_SIZE;
   }
@@ -247,112 +85,192 @@ struct attention {
     return (length + part - 1) / part;
   }
 
-  static void load_tile(state& s, const arrays& a, const int32_t* table, int head, int begin, int count) {
-    for (int k = 0; k < count; ++k) {
-      const int64_t block = table[(begin + k) / BLOCK_SIZE];
-      const int offset = (begin + k) % BLOCK_SIZE;
-      s.key_rows[k] = a.kv + layout::row_at(block, 0, head, offset);
-      s.value_rows[k] = a.kv + layout::row_at(block, 1, head, offset);
-      if (sizeof(Number) == 1) {
-        s.key_scales[k] = a.scales[layout::scale_at(block, 0, head, offset)];
-        s.value_scales[k] = a.scales[layout::scale_at(block, 1, head, offset)];
+  // Afterwards totals[r][0] and largest[r] are row r's.
+  template <int R>
+  static void attend_few(state& s, const cached& head, const unit& u, const next_tile<cached>& next_unit) {
+    using few = few_rows<R, cached, HEAD_SIZE>;
+    alignas(64) float largest[FEW_ROWS / R * LANES], totals[FEW_ROWS / R * LANES] = {}, factors[LANES];
+    for (float& each : largest) each = NO_SCORE;
+    for (int begin = u.begin; begin < u.end; begin += TILE) {
+      const int end = u.end - begin < TILE ? u.end : begin + TILE;
+      if (SCALED) {
+        head.copy_scales(0, begin, end, s.tile.key_scales);
+        head.copy_scales(1, begin, end, s.tile.value_scales);
       }
+      next_tile<cached> next = next_unit;
+      if (end < u.end) next = {head, end, u.end - end < TILE ? u.end : end + TILE};
+      for (int row = 0; row < u.rows(); row += R) {
+        int first[R], last[R];
+        for (int r = 0; r < R; ++r) {
+          const int own = row + r < u.rows() ? row + r : u.rows() - 1;
+          first[r] = u.first(own) - begin;
+          last[r] = u.last(own) < end ? u.last(own) - begin : end - begin;
+        }
+        few::score(head, s.q[row], begin, end, next, s.weights);
+        few::soften(s.weights, end - begin, first, last, s.tile.key_scales, s.tile.value_scales,
+                    largest + row / R * LANES, totals + row / R * LANES, factors);
+        few::add_values(head, s.weights, factors, begin, end, next, s.sums[row]);
+        next.end = 0;  // once is enough
+      }
+    }
+    for (int r = 0; r < u.rows(); ++r) {
+      s.largest[r] = largest[r / R * LANES + r % R];
+      s.totals[r][0] = 0.0f;
+      for (int i = r % R; i < LANES; i += R) s.totals[r][0] += totals[r / R * LANES + i];
     }
   }
 
-  // Rows of `tokens` queries from `token` on, the first at `position`, against cached positions [begin, end).
-  static int attend(state& s, const arrays& a, const int32_t* table, int head, int64_t token, int tokens, int position,
-                    int begin, int end) {
-    const int rows = tokens * GROUP;
-    memset(s.q, 0, sizeof(float) * state::SIZE * state::padded(rows));
-    for (int r = 0; r < rows; ++r) {
-      const float* from = a.q + row_offset(token, head, r);
-      for (int i = 0; i < HEAD_SIZE; ++i) s.q[r][i] = from[i] * float_of_bits(SCALE);
-    }
-    s.begin(state::padded(rows));
-    for (int tile = begin; tile < end; tile += TILE) {
-      const int count = end - tile < TILE ? end - tile : TILE;
-      load_tile(s, a, table, head, tile, count);
-      s.score(rows, count);
-      for (int r = 0; r < rows; ++r) {
-        const int own = position + r / GROUP, first = first_visible(own) - tile;
-        const int last = own + 1 - tile < count ? own + 1 - tile : count;
-        s.soften(r, first, last);
+  static void attend_many(state& s, const cached& head, const unit& u) {
+    const int rows = u.rows();
+    for (int begin = u.begin; begin < u.end; begin += TILE) {
+      const int count = u.end - begin < TILE ? u.end - begin : TILE;
+      s.tile.fill(head, begin, begin + count);
+      for (int r = 0; r < rows; r += TILE_STEP) {
+        const int bottom = r + TILE_STEP < rows ? r + TILE_STEP - 1 : rows - 1;
+        const int last = u.last(bottom) - begin < count ? u.last(bottom) - begin : count;
+        if (last <= 0 || u.first(r) - begin >= count) continue;
+        const int columns = (last + LANES - 1) / LANES * LANES;
+        multiply_step(s.q[r], SIZE, s.tile.keys[0], TILE, s.weights, TILE, columns, HEAD_SIZE, nullptr);
+        for (int i = 0; i < TILE_STEP; ++i) {
+          const int own = r + i < rows ? r + i : rows - 1, from = u.first(own) - begin;
+          const int to = u.last(own) - begin < count ? u.last(own) - begin : count;
+          if (from > 0 || to < columns) hide(s.weights + i * TILE, columns, from, to);
+        }
+        soften_step(s.weights, columns, s.largest + r, s.totals[r], s.factors);
+        multiply_step(s.weights, TILE, s.tile.values[0], SIZE, s.sums[r], SIZE, SIZE, last, s.factors);
       }
-      for (int r = rows; r < state::padded(rows); ++r) memset(s.weights[r], 0, sizeof s.weights[r]);
-      s.add_values(rows, count);
     }
-    return rows;
+    for (int r = 0; r < rows; ++r) s.totals[r][0] = reduce_add(load(s.totals[r]));
   }
 
-  static void whole(state& s, const arrays& a, const tw_run* run, int sequence, int head, int first) {
-    const int length = run->query_lengths[sequence], tokens = length - first < QUERIES ? length - first : QUERIES;
-    const int position = run->kv_lengths[sequence] - length + first;
-    const int64_t token = run->query_starts[sequence] + first;
-    const int rows = attend(s, a, run->block_tables + (int64_t)sequence * run->table_width, head, token, tokens,
-                            position, first_visible(position), position + tokens);
+  static void attend(state& s, const arrays& a, const cached& head, const unit& u, const next_tile<cached>& next) {
+    const int rows = u.rows(), all = padded(rows);
+    memset(s.sums, 0, sizeof(float) * SIZE * all);
+    if (SIZE > HEAD_SIZE || all > rows) memset(s.q, 0, sizeof(float) * SIZE * all);
     for (int r = 0; r < rows; ++r) {
-      float* y = a.y + row_offset(token, head, r);
-      const float inverse = 1.0f / s.totals[r];
-      for (int i = 0; i < HEAD_SIZE; ++i) y[i] = s.sums[r][i] * inverse;
+      const float* from = a.q + row_offset(u.token, head.head, r);
+      for (int i = 0; i < HEAD_SIZE; ++i) s.q[r][i] = from[i] * (float_of_bits(SCALE) * 1.44269504088896341f);
     }
+    if (rows >= FEW_ROWS) {
+      memset(s.totals, 0, sizeof(float) * LANES * all);
+      for (int r = 0; r < all; ++r) s.largest[r] = NO_SCORE;
+      attend_many(s, head, u);
+    } else if (GROUP == 1 && rows == 1) {
+      attend_few<1>(s, head, u, next);
+    } else if (GROUP <= 2 && rows == 2) {
+      attend_few<2>(s, head, u, next);
+    } else if (LANES == 16 && rows == 8) {
+      attend_few<LANES == 16 ? 8 : 4>(s, head, u, next);
+    } else {
+      attend_few<4>(s, head, u, next);
+    }
+  }
+
+  // A unit's number in a step's list: its sequence, kv head, and range or tile of tokens.
+  struct place {
+    int sequence = 0, splits = 0, head = 0, tile = 0;
+    int64_t first = 0;  // number of the sequence's first unit
+  };
+
+  static int num_tiles(const tw_run* run, int sequence, int splits) {
+    return splits > 1 ? splits : (run->query_lengths[sequence] + QUERIES - 1) / QUERIES;
+  }
+
+  // Moves on to unit `number`, at or behind the place; false when there is none.
+  static bool find(place& p, const tw_run* run, int64_t number) {
+    for (; p.sequence < run->num_sequences; ++p.sequence) {
+      p.splits = num_splits(run, p.sequence);
+      const int tiles = num_tiles(run, p.sequence, p.splits);
+      if (number < p.first + (int64_t)KV_HEADS * tiles) {
+        p.head = (int)((number - p.first) / tiles);
+        p.tile = (int)((number - p.first) % tiles);
+        return true;
+      }
+      p.first += (int64_t)KV_HEADS * tiles;
+    }
+    return false;
+  }
+
+  static unit unit_at(const tw_run* run, const place& p) {
+    const int length = run->query_lengths[p.sequence], kv_length = run->kv_lengths[p.sequence];
+    const int64_t token = run->query_starts[p.sequence];
+    if (p.splits > 1) {
+      const int part = split_length(kv_length - 1), begin = first_visible(kv_length - 1) + p.tile * part;
+      return {token, 1, kv_length - 1, begin, begin + part < kv_length ? begin + part : kv_length};
+    }
+    const int first = (num_tiles(run, p.sequence, 1) - 1 - p.tile) * QUERIES;  // the longest comes first
+    const int tokens = length - first < QUERIES ? length - first : QUERIES, position = kv_length - length + first;
+    return {token + first, tokens, position, first_visible(position), position + tokens};
+  }
+
+  static cached head_at(const arrays& a, const tw_run* run, const place& p) {
+    return {a.kv, a.scales, run->block_tables + (int64_t)p.sequence * run->table_width, p.head};
   }
 
   static float* partial(const tw_run* run, int sequence, int head, int split) {
     return (float*)run->scratch + (((int64_t)sequence * HEADS + head) * MAX_SPLITS + split) * PARTIAL;
   }
 
-  static void part(state& s, const arrays& a, const tw_run* run, int sequence, int head, int split) {
-    const int position = run->kv_lengths[sequence] - 1, length = split_length(position);
-    const int begin = first_visible(position) + split * length;
-    const int end = begin + length < position + 1 ? begin + length : position + 1;
-    attend(s, a, run->block_tables + (int64_t)sequence * run->table_width, head, run->query_starts[sequence], 1,
-           position, begin, end);
+  static void write_rows(const state& s, const arrays& a, const place& p, const unit& u) {
+    for (int r = 0; r < u.rows(); ++r) {
+      float* y = a.y + row_offset(u.token, p.head, r);
+      const float inverse = 1.0f / s.totals[r][0];
+      for (int i = 0; i < HEAD_SIZE; ++i) y[i] = s.sums[r][i] * inverse;
+    }
+  }
+
+  static void write_partial(const state& s, const tw_run* run, const place& p) {
     for (int r = 0; r < GROUP; ++r) {
-      float* to = partial(run, sequence, head * GROUP + r, split);
+      float* to = partial(run, p.sequence, p.head * GROUP + r, p.tile);
       memcpy(to, s.sums[r], sizeof s.sums[r]);
-      to[state::SIZE] = s.largest[r];
-      to[state::SIZE + 1] = s.totals[r];
+      to[SIZE] = s.largest[r];
+      to[SIZE + 1] = s.totals[r][0];
     }
   }
 
   static void merge(const arrays& a, const tw_run* run, int sequence, int head, int splits) {
-    float largest = -INFINITY, total = 0.0f;
-    float sums[state::SIZE] = {};
+    alignas(64) float factors[MAX_SPLITS + LANES], sums[SIZE] = {};
+    float largest = NO_SCORE, total = 0.0f;
     for (int split = 0; split < splits; ++split) {
-      const float most = partial(run, sequence, head, split)[state::SIZE];
+      const float most = partial(run, sequence, head, split)[SIZE];
       largest = most > largest ? most : largest;
     }
+    for (int split = 0; split < splits; ++split) factors[split] = partial(run, sequence, head, split)[SIZE] - largest;
+    for (int split = 0; split < splits; split += LANES) store(factors + split, exponential2(load(factors + split)));
     for (int split = 0; split < splits; ++split) {
       const float* from = partial(run, sequence, head, split);
-      const float factor = expf(from[state::SIZE] - largest);
-      total += factor * from[state::SIZE + 1];
-      for (int i = 0; i < state::SIZE; ++i) sums[i] += factor * from[i];
+      total += factors[split] * from[SIZE + 1];
+      for (int i = 0; i < SIZE; i += LANES)
+        store(sums + i, multiply_add(load(from + i), broadcast(factors[split]), load(sums + i)));
     }
     float* y = a.y + ((int64_t)run->query_starts[sequence] * HEADS + head) * HEAD_SIZE;
-    for (int i = 0; i < HEAD_SIZE; ++i) y[i] = sums[i] / total;
+    const float inverse = 1.0f / total;
+    for (int i = 0; i < HEAD_SIZE; ++i) y[i] = sums[i] * inverse;
   }
 
   static void run(const tw_step* step, const tw_run* run, const tw_worker* worker) {
-    constexpr bool SCALED = sizeof(Number) == 1;
     const arrays a{(const float*)step->buffers[0], (const Number*)step->buffers[1],
                    SCALED ? (const float*)step->buffers[2] : nullptr, (float*)step->buffers[SCALED ? 3 : 2]};
     state s;
-    memset(s.key_scales, 0, sizeof s.key_scales);
-    memset(s.value_scales, 0, sizeof s.value_scales);
-    bool split_any = false;
-    int64_t item = tw_take(worker), first = 0;
-    for (int sequence = 0; sequence < run->num_sequences; ++sequence) {
-      const int splits = num_splits(run, sequence);
-      const int tiles = splits > 1 ? splits : (run->query_lengths[sequence] + QUERIES - 1) / QUERIES;
-      split_any |= splits > 1;
-      for (; item < first + (int64_t)KV_HEADS * tiles; item = tw_take(worker)) {
-        const int head = (int)((item - first) / tiles), tile = (int)((item - first) % tiles);
-        if (splits > 1) part(s, a, run, sequence, head, tile);
-        else whole(s, a, run, sequence, head, (tiles - 1 - tile) * QUERIES);  // the longest first
+    place now, next;
+    bool more = find(now, run, tw_take(worker));
+    while (more) {
+      next = now;
+      more = find(next, run, tw_take(worker));  // known early, so that its first tile is there in time
+      const unit u = unit_at(run, now);
+      next_tile<cached> ahead{head_at(a, run, more ? next : now), 0, 0};
+      if (more) {
+        const unit v = unit_at(run, next);
+        ahead.begin = v.begin;
+        ahead.end = v.end - v.begin < TILE ? v.end : v.begin + TILE;
       }
-      first += (int64_t)KV_HEADS * tiles;
+      attend(s, a, head_at(a, run, now), u, ahead);
+      if (now.splits > 1) write_partial(s, run, now);
+      else write_rows(s, a, now, u);
+      now = next;
     }
+    bool split_any = false;
+    for (int sequence = 0; sequence < run->num_sequences; ++sequence) split_any |= num_splits(run, sequence) > 1;
     if (!split_any) return;
     tw_barrier(worker);
     for (int sequence = 0; sequence < run->num_sequences; ++sequence) {

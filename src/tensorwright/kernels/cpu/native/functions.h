@@ -23,6 +23,22 @@ TW_INLINE floats exponential(floats x) {
   return (floats)((ints)(p * power) & (x >= -87.3f));
 }
 
+// 2^x for x <= 0, within 3 units in the last place; 0 below -126.5. NaN stays NaN.
+// x + 1.5 * 2^23 rounds x to an integer and leaves it in the low bits: with 127 more, they are the exponent's.
+TW_INLINE floats exponential2(floats x) {
+  const floats shift = broadcast(12582912.0f + 127.0f);
+  const floats held = maximum(broadcast(-127.0f), x);  // the operands' order lets NaN through
+  const floats shifted = held + shift;
+  const floats r = held - (shifted - shift);  // in [-1/2, 1/2]
+  floats p = broadcast(0.001327647129073739f);
+  p = multiply_add(p, r, broadcast(0.009675540961325169f));
+  p = multiply_add(p, r, broadcast(0.05550713092088699f));
+  p = multiply_add(p, r, broadcast(0.24022120237350464f));
+  p = multiply_add(p, r, broadcast(0.6931469440460205f));
+  p = multiply_add(p, r, broadcast(1.0f));
+  return p * (floats)((ints)shifted << 23);
+}
+
 TW_INLINE floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
 TW_INLINE floats silu(floats x) { return x * sigmoid(x); }
 

@@ -59,7 +59,13 @@ inline bfloat16 from_float<bfloat16>(float value) { return to_bfloat16(value); }
 
 // LANES numbers from memory, widened.
 TW_INLINE floats load(const bfloat16* from) {
+#if defined(TW_AVX512)  // words to the upper halves of lanes in one instruction; widening and shifting are two
+  const ints places = lane_numbers() << 16;
+  const __m512i words = _mm512_castsi256_si512((__m256i)load_as<shorts>(from));
+  return (floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)places, words);
+#else
   return (floats)(widen(load_as<shorts>(from)) << 16);
+#endif
 }
 TW_INLINE floats load(const half* from) {
 #if defined(TW_AVX512)

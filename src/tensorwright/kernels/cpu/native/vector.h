@@ -205,6 +205,12 @@ TW_INLINE int32_t reduce_add(ints a) {
   return lanes[0];
 }
 
+TW_INLINE ints lane_numbers() {
+  ints lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  return lanes;
+}
+
 TW_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 }  // namespace tw
