@@ -1,5 +1,5 @@
 # The same commands for people and for CI. Two environments: .venv (what users have) and .venv-dev (tests).
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,11),(3,12)))' && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,11),(3,12)))' 2>/dev/null && echo $$p && break; done)
 DEV := .venv-dev/bin
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*')
 

@@ -28,7 +28,7 @@ def add_session_options(parser: Parser) -> None:
     group.add_argument("--engine_dir", type=Path, default=Path("engine_outputs"), help="the engine's folder")
     group.add_argument("--tokenizer_dir", type=Path, help="folder with tokenizer.json (default: the engine's folder)")
     group.add_argument("--hf_model_dir", "--model_dir", type=Path, help="used when --tokenizer_dir is not given")
-    group.add_argument("--threads", type=int, help="CPU threads of each rank (default: one per physical core that it may use)")
+    group.add_argument("--threads", type=int, help="CPU threads of each rank (default: one per physical core)")
     group.add_argument("--kv_cache_free_gpu_memory_fraction", type=float, default=0.9, metavar="FRACTION",
                        help="share of the free memory for the KV cache")
     group.add_argument("--max_tokens_in_paged_kv_cache", type=int, metavar="TOKENS",
