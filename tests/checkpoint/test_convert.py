@@ -400,21 +400,3 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script, str(model), str(tmp_path / "out")], capture_output=True,
                             text=True, check=True, env=_environment())
     assert int(result.stdout) * 1024 < 150 << 20, f"grew by {result.stdout} KiB in {time.monotonic() - started:.1f} s"
-
-
-def test_a_folder_with_another_config_is_not_overwritten(tmp_path: Path) -> None:
-    model = tiny.write_model(tmp_path / "model")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
-    with pytest.raises(UsageError, match="no checkpoint's"):
-        convert(model, other, ConvertOptions(), lambda size, what: None)
-    assert [path.name for path in other.iterdir()] == ["config.json"]
-
-
-def test_a_broken_tokenizer_is_found_before_anything_is_written(tmp_path: Path) -> None:
-    model = tiny.write_model(tmp_path / "model")
-    (model / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(ModelError, match="is no tokenizer"):
-        convert(model, tmp_path / "checkpoint", ConvertOptions(), lambda size, what: None)
-    assert not (tmp_path / "checkpoint").exists()
