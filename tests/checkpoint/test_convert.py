@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -396,7 +395,6 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
               "options = ConvertOptions('float16', num_threads=2)\n"
               "convert(Path(sys.argv[1]), Path(sys.argv[2]), options, lambda size, what: None)\n"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)")
-    started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", script, str(model), str(tmp_path / "out")], capture_output=True,
                             text=True, check=True, env=_environment())
-    assert int(result.stdout) * 1024 < 150 << 20, f"grew by {result.stdout} KiB in {time.monotonic() - started:.1f} s"
+    assert int(result.stdout) * 1024 < 150 << 20, f"grew by {result.stdout} KiB"
