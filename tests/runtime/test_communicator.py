@@ -114,7 +114,7 @@ def test_ranks_under_mpirun(transport: str) -> None:
     mpirun = Path(sys.executable).parent / "mpirun"
     found = str(mpirun) if mpirun.exists() else shutil.which("mpirun")
     if found is None:
-        pytest.skip("mpirun is not installed")
+        pytest.skip("needs mpirun (pip install 'tensorwright[mpi]')")
     pytest.importorskip("mpi4py")
     result = subprocess.run(
         [found, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", COLLECTIVES, "1000",

@@ -34,9 +34,9 @@ from tensorwright.testing.triton_server import DeployedServer, free_ports
 try:
     importlib.metadata.version("nvidia-pytriton")
 except importlib.metadata.PackageNotFoundError:
-    pytest.skip("nvidia-pytriton is not installed", allow_module_level=True)
+    pytest.skip("needs nvidia-pytriton (pip install 'tensorwright[triton]')", allow_module_level=True)
 if int(importlib.metadata.version("numpy").split(".")[0]) >= 2:
-    pytest.skip("this tritonserver needs numpy below 2", allow_module_level=True)
+    pytest.skip("needs numpy below 2 (pip install 'tensorwright[triton]')", allow_module_level=True)
 
 pytestmark = pytest.mark.triton
 PROMPT = "hi how are you?"

@@ -49,7 +49,7 @@ class PlainKernel:
         return Tensor(stored.astype(DTYPES[weight.dtype]).reshape(weight.shape))
 
     def source(self, op: Op, program: Program, tactic: Tactic) -> Source:
-        """The C++ of the op."""
+        """The C++ of the op: what every heir has to say for itself."""
         raise NotImplementedError
 
     def scratch_bytes(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> int:
