@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import ml_dtypes
@@ -14,19 +15,21 @@ from numpy.typing import NDArray
 
 from tensorwright.kernels.cpu.compile import compile_shared
 from tensorwright.kernels.cpu.load import load_library
-from tensorwright.kernels.cpu.targets import resolve_target
+from tensorwright.kernels.cpu.targets import machine_features, resolve_target
 from tensorwright.quantization.native import SOURCE, NativeQuantizer
-from tensorwright.quantization.reference import quantize
+from tensorwright.quantization.reference import cast, quantize
 from tensorwright.quantization.scheme import Quantized, Scheme
 
 DTYPES: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4), Scheme(8)]
 
 
-@pytest.fixture(scope="module", params=["native", "portable"])
+@pytest.fixture(scope="module", params=["native", "x86-64-v3", "portable"])
 def native(request: pytest.FixtureRequest) -> NativeQuantizer:
-    source = SOURCE.read_text(encoding="utf-8")
-    return NativeQuantizer(load_library(compile_shared(source, resolve_target(request.param))))
+    source, target = SOURCE.read_text(encoding="utf-8"), resolve_target(request.param)
+    if not set(target.features) <= machine_features():
+        pytest.skip(f"this machine cannot run {target.name}")
+    return NativeQuantizer(load_library(compile_shared(source, target)))
 
 
 def assert_same(ours: Quantized, reference: Quantized) -> None:
@@ -85,3 +88,22 @@ def test_numbers_that_are_none_are_seen(native: NativeQuantizer, dtype: np.dtype
     weight = np.ones((4, 64), np.float32)
     weight[2, 63] = bad
     assert not native(weight.astype(dtype), Scheme(8), DTYPES[0]).is_finite
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_casts_have_the_same_bits(native: NativeQuantizer, source: np.dtype[Any], target: np.dtype[Any]) -> None:
+    weight = np.concatenate([hard_matrix(source).reshape(-1), np.arange(-70, 70).astype(source) * source.type(1e-8)])
+    ours, expected = native.cast(weight[::3], target), cast(weight[::3].copy(), target)
+    np.testing.assert_array_equal(ours.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize(("values", "target", "error"), [
+    ([1.0, np.nan], np.float16, ValueError), ([-np.inf, 1.0], np.float32, ValueError),
+    ([1.0, 65519.9], np.float16, None), ([1.0, 65520.0], np.float16, OverflowError),
+    ([-1e30], np.float16, OverflowError), ([1e30], ml_dtypes.bfloat16, None)])
+def test_casts_refuse_the_same_numbers(native: NativeQuantizer, values: list[float], target: type,
+                                       error: type[Exception] | None) -> None:
+    for caster in (native.cast, cast):
+        with contextlib.nullcontext() if error is None else pytest.raises(error):
+            caster(np.array(values, np.float32), np.dtype(target))

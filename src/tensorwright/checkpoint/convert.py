@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from tensorwright.models import from_huggingface
 from tensorwright.models.config import ModelConfig
 from tensorwright.models.weight_names import weights
 from tensorwright.quantization import reference
-from tensorwright.quantization.scheme import Quantizer
+from tensorwright.quantization.scheme import Caster, Quantizer
 
 Report = Callable[[int, str], None]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
@@ -49,6 +48,7 @@ class ConvertOptions:
     seed: int = 0
     num_threads: int | None = None
     quantizer: Quantizer = reference.quantize
+    caster: Caster = reference.cast
 
 
 @dataclass
@@ -211,13 +211,12 @@ def _write_rank(conversion: Conversion, rank: int, writer: TensorFileWriter, res
                 report: Report) -> None:
     plan, options = conversion.plan, conversion.options
     threads = options.num_threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    with ThreadPoolExecutor(threads) as pool:
-        transfer = Transfer(conversion.folder, writer, plan.dtype, options.quantizer, pool)
-        for weight in plan.weights:
-            distance = transfer.move(weight, pieces(weight.spec, plan.config, rank), report)
-            if weight.scheme is not None:
-                key = (weight.spec.kind, weight.spec.layer)
-                result.distances[key] = result.distances.get(key, Distance()) + distance
+    transfer = Transfer(conversion.folder, writer, plan.dtype, options.quantizer, options.caster, threads)
+    tensors = ((weight, pieces(weight.spec, plan.config, rank)) for weight in plan.weights)
+    for weight, distance in transfer.move(tensors, report):
+        if weight.scheme is not None:
+            key = (weight.spec.kind, weight.spec.layer)
+            result.distances[key] = result.distances.get(key, Distance()) + distance
 
 
 def _finish(conversion: Conversion, output_dir: Path, writers: list[TensorFileWriter]) -> None:

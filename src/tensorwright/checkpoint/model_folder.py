@@ -47,6 +47,10 @@ class ModelFolder:
         """Rows of a tensor, in memory of their own."""
         return self._homes[name].read_rows(name, start, stop)
 
+    def prefetch_rows(self, name: str, start: int, stop: int) -> None:
+        """Lets the system begin to read rows that will be asked for soon."""
+        self._homes[name].prefetch_rows(name, start, stop)
+
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends an answer: generation_config.json's, else config.json's."""
         for values in (self.generation_config, self.config):

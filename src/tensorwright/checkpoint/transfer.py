@@ -5,12 +5,12 @@ It knows one block at a time, so memory stays at a few blocks per thread. It kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Executor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tensorwright.checkpoint.model_folder import ModelFolder
@@ -18,10 +18,9 @@ from tensorwright.checkpoint.plan import PlannedWeight
 from tensorwright.checkpoint.sharding import Piece
 from tensorwright.checkpoint.tensor_file import Array, TensorFileWriter
 from tensorwright.errors import ModelError
-from tensorwright.quantization.scheme import Quantizer
+from tensorwright.quantization.scheme import Caster, Quantizer
 
-BLOCK_BYTES = 8 << 20
-_EXPONENT_BITS = {np.dtype(np.float16): np.uint16(0x7C00), np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80)}
+BLOCK_BYTES = 4 << 20
 _AS_BFLOAT16 = "convert with --dtype bfloat16"
 
 
@@ -42,6 +41,15 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some rows of a source that go to one tensor of the rank."""
+
+    weight: PlannedWeight
+    piece: Piece
+    rows: range
+
+
+@dataclass(frozen=True)
 class Transfer:
     """Where from, where to, and how: the parts that all weights of a rank share."""
 
@@ -49,36 +57,45 @@ class Transfer:
     writer: TensorFileWriter
     dtype: np.dtype[Any]
     quantizer: Quantizer
-    pool: Executor
+    caster: Caster
+    num_threads: int
 
-    def move(self, weight: PlannedWeight, pieces: tuple[Piece, ...], report: Callable[[int, str], None]) -> Distance:
-        """One tensor of the rank, all its blocks in parallel. Raises ModelError naming a tensor with bad numbers."""
-        futures = [self.pool.submit(self._block, weight, piece, rows)
-                   for piece in pieces for rows in self._blocks(piece)]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        total = Distance()
-        for future in futures:
-            if future in done:
-                num_bytes, distance = future.result()
-                report(num_bytes, weight.spec.name)
-                total += distance
-        return total
+    def move(self, tensors: Iterable[tuple[PlannedWeight, tuple[Piece, ...]]],
+             report: Callable[[int, str], None]) -> Iterator[tuple[PlannedWeight, Distance]]:
+        """Moves tensors block by block, in order; gives each block's distance. Raises ModelError for bad numbers.
 
-    def _blocks(self, piece: Piece) -> Iterator[range]:
+        A thread asks the system for the block that it will get after this one before it works on this one, so that
+        reading overlaps with quantising.
+        """
+        blocks = [Block(weight, piece, rows) for weight, pieces in tensors for piece in pieces
+                  for rows in self._rows(piece)]
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            try:
+                futures = [pool.submit(self._move, block, later)
+                           for block, later in zip_longest(blocks, blocks[self.num_threads:])]
+                for block, future in zip(blocks, futures, strict=True):
+                    num_bytes, distance = future.result()
+                    report(num_bytes, block.weight.spec.name)
+                    yield block.weight, distance
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _rows(self, piece: Piece) -> Iterator[range]:
         entry = self.folder.entry(piece.source.name)
         step = max(1, BLOCK_BYTES // max(1, entry.num_bytes // entry.shape[0]))
         for start in range(piece.rows.start, piece.rows.stop, step):
             yield range(start, min(start + step, piece.rows.stop))
 
-    def _block(self, weight: PlannedWeight, piece: Piece, rows: range) -> tuple[int, Distance]:
+    def _move(self, block: Block, later: Block | None) -> tuple[int, Distance]:
+        weight, piece, rows = block.weight, block.piece, block.rows
+        if later is not None:
+            self.folder.prefetch_rows(later.piece.source.name, later.rows.start, later.rows.stop)
         values = self.folder.read_rows(piece.source.name, rows.start, rows.stop)
         if piece.columns is not None and len(piece.columns) != values.shape[1]:
             values = values[:, piece.columns.start:piece.columns.stop]
         target = piece.target_row + rows.start - piece.rows.start
         if weight.scheme is None:
-            self.writer.write(weight.spec.name, cast(values, self.dtype, piece.source.name), target)
+            self.writer.write(weight.spec.name, self._cast(values, piece.source.name), target)
             return values.nbytes, Distance()
         result = self.quantizer(values, weight.scheme, self.dtype)
         if not result.is_finite:
@@ -89,19 +106,13 @@ class Transfer:
         self.writer.write(weight.scale_name, result.scales, target)
         return values.nbytes, Distance(result.squared_error, result.squared_norm)
 
-
-def cast(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    """Values in another float dtype. Raises ModelError for NaN, infinity, and numbers beyond float16's range."""
-    bits = _EXPONENT_BITS.get(values.dtype)
-    if not np.isfinite(values).all() if bits is None else ((values.view(np.uint16) & bits) == bits).any():
-        raise _not_finite(name)
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):  # looked for below
-        result = values.astype(np.float32).astype(dtype)
-    if np.isinf(result).any():
-        raise _too_large(name)
-    return np.asarray(result)
+    def _cast(self, values: Array, name: str) -> Array:
+        try:
+            return self.caster(values, self.dtype)
+        except ValueError as cause:
+            raise _not_finite(name) from cause
+        except OverflowError as cause:
+            raise _too_large(name) from cause
 
 
 def _not_finite(name: str) -> ModelError:

@@ -18,7 +18,7 @@ from tensorwright.errors import BuildError, EngineError, UsageError
 
 if TYPE_CHECKING:
     from tensorwright.checkpoint.convert import Conversion, ConvertOptions, ConvertReport
-    from tensorwright.quantization.scheme import Quantizer
+    from tensorwright.quantization.scheme import Caster, Quantizer
 
 _PRECISIONS = {"int8": "W8A16", "int4": "W4A16"}
 _SUPPORTED = "supported are plain 16 and 32 bit, and --use_weight_only with --weight_only_precision int8 or int4"
@@ -145,16 +145,17 @@ def _convert(model_dir: Path, output_dir: Path, options: ConvertOptions, config_
         return
     conversion = prepare(model_dir, options)
     _announce(conversion, output_dir)
-    if not options.dummy_weights and any(weight.scheme for weight in conversion.plan.weights):
-        conversion = replace(conversion, options=replace(options, quantizer=make_quantizer()))
+    if not options.dummy_weights:
+        quantizer, caster = make_quantizer()
+        conversion = replace(conversion, options=replace(options, quantizer=quantizer, caster=caster))
     started = time.monotonic()
     with Progress("convert", conversion.report_bytes) as progress:
         report = run(conversion, output_dir, progress.advance)
     _print_result(conversion, report, time.monotonic() - started)
 
 
-def make_quantizer() -> Quantizer:
-    """The C++ quantiser where there is a compiler, else the NumPy reference: the same codes, more slowly."""
+def make_quantizer() -> tuple[Quantizer, Caster]:
+    """The C++ quantiser where there is a compiler, else the NumPy reference: the same bits, more slowly."""
     from tensorwright.kernels.cpu.compile import compile_shared
     from tensorwright.kernels.cpu.load import load_library
     from tensorwright.kernels.cpu.targets import resolve_target
@@ -162,10 +163,11 @@ def make_quantizer() -> Quantizer:
 
     try:
         source = native.SOURCE.read_text(encoding="utf-8")
-        return native.NativeQuantizer(load_library(compile_shared(source, resolve_target("native"))))
+        quantizer = native.NativeQuantizer(load_library(compile_shared(source, resolve_target("native"))))
     except (BuildError, EngineError, UsageError) as cause:
-        note(f"weights are quantised by NumPy, about ten times slower than compiled C++: {cause.message}")
-        return reference.quantize
+        note(f"weights are quantised by NumPy, about twenty times slower than compiled C++: {cause.message}")
+        return reference.quantize, reference.cast
+    return quantizer, quantizer.cast
 
 
 def _write_config_only(conversion: Conversion, output_dir: Path) -> None:

@@ -52,6 +52,12 @@ class Quantized:
 Quantizer = Callable[[Array, Scheme, "np.dtype[Any]"], Quantized]
 """(matrix [out, in] of float32, float16 or bfloat16; scheme; dtype of the stored scales) -> Quantized."""
 
+Caster = Callable[[Array, "np.dtype[Any]"], Array]
+"""(floats, float dtype) -> the same numbers in it, rounded to nearest even; the array itself where it has that dtype.
+
+Raises ValueError for NaN and infinity, OverflowError for finite numbers beyond the dtype's range.
+"""
+
 
 def pack_int4(codes: Array) -> Array:
     """Codes −8 … 7 [out, in] to bytes [out, in/2]: the even input in the low nibble, each as code + 8."""

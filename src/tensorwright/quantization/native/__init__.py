@@ -22,11 +22,13 @@ class NativeQuantizer:
     """A `Quantizer` on a compiled library of `SOURCE`. Calls release the interpreter lock and may run in parallel."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.tw_quantize
+        self._function, self._cast = library.tw_quantize, library.tw_cast
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self._function.restype = integer
-        self._function.argtypes = [pointer, integer, long, long, long, integer, long, pointer, integer, pointer,
-                                   pointer, integer, pointer]
+        self._function.argtypes = [pointer, integer, long, long, long, integer, long, pointer, pointer, pointer,
+                                   integer, pointer]
+        self._cast.restype = integer
+        self._cast.argtypes = [pointer, integer, long, pointer, integer]
 
     def __call__(self, weight: Array, scheme: Scheme, scale_dtype: np.dtype[Any]) -> Quantized:
         """As `reference.quantize`: the same bits. Rows may be apart, the numbers of a row may not."""
@@ -40,6 +42,18 @@ class NativeQuantizer:
         searches = scheme.bits == 4 and scheme.group_size != -1
         failed = self._function(
             weight.ctypes.data, _DTYPES[weight.dtype], rows, columns, weight.strides[0], scheme.bits, columns // groups,
-            CANDIDATES.ctypes.data, len(CANDIDATES) if searches else 0, codes.ctypes.data, scales.ctypes.data,
+            CANDIDATES.ctypes.data if searches else None, codes.ctypes.data, scales.ctypes.data,
             _DTYPES[np.dtype(scale_dtype)], sums.ctypes.data)
         return Quantized(codes, scales, float(sums[0]), float(sums[1]), not failed)
+
+    def cast(self, values: Array, dtype: np.dtype[Any]) -> Array:
+        """A `Caster`: the bits of `reference.cast`."""
+        values = np.ascontiguousarray(values)
+        result = values if values.dtype == dtype else np.empty(values.shape, dtype)
+        failed = self._cast(values.ctypes.data, _DTYPES[values.dtype], values.size,
+                            None if result is values else result.ctypes.data, _DTYPES[np.dtype(dtype)])
+        if failed == 1:
+            raise ValueError("NaN or infinity")
+        if failed:
+            raise OverflowError(f"beyond the range of {dtype}")
+        return result

@@ -1,10 +1,13 @@
-// Quantisation of a weight matrix, the same codes and scales as ../reference.py bit by bit (tests compare them).
-// That needs IEEE float32 in the reference's order: no fast math and no contraction of a·b + c. The loops are plain, with
-// fixed trip counts of 16, so that the compiler turns them into vectors of whatever width the machine has.
+// Quantisation of a weight matrix, and casts: the bits of ../reference.py (tests compare them). That needs IEEE float32
+// in the reference's order: no fast math and no contraction of a·b + c. Sums run in the reference's 16 lanes on every
+// machine, a register's width of them at a time. Plain loops are turned into vectors by the compiler.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__clang__)
 #pragma clang fp contract(off)
@@ -14,9 +17,21 @@
 
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kCandidates = 16;
 constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding and subtracting it rounds to the nearest even integer
 constexpr float kSmallest = 0x1p-100f;
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float floats __attribute__((vector_size(4 * kWidth)));  // one register: a part of the 16 lanes, or all
+typedef float half_floats __attribute__((vector_size(2 * kWidth)));
+typedef double doubles __attribute__((vector_size(4 * kWidth)));
+typedef float quad __attribute__((vector_size(16)));
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
@@ -52,23 +67,27 @@ inline uint16_t float_to_bfloat(float value) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Stores a scale at `index` and gives back the number that was stored. Negative zeros become positive.
-inline float store_scale(void* scales, int64_t index, int32_t dtype, float value) {
-  if (dtype == kFloat16) {
-    uint16_t half = float_to_half(value);
-    if (half == 0x8000) half = 0;
-    static_cast<uint16_t*>(scales)[index] = half;
-    return (half & 0x7fff) == 0x7c00 ? from_bits(0x7f800000 | uint32_t(half & 0x8000) << 16) : half_to_float(half);
-  }
-  if (dtype == kBfloat16) {
-    uint16_t bfloat = float_to_bfloat(value);
-    if (bfloat == 0x8000) bfloat = 0;
-    static_cast<uint16_t*>(scales)[index] = bfloat;
-    return from_bits(uint32_t(bfloat) << 16);
-  }
-  value = value == 0.0f ? 0.0f : value;
-  static_cast<float*>(scales)[index] = value;
-  return value;
+// The bits of a scale in the dtype where it is stored. Negative zeros become positive.
+inline uint32_t scale_bits(float value, int32_t dtype) {
+  if (dtype == kFloat32) return value == 0.0f ? 0 : to_bits(value);
+  const uint16_t bits = dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+  return bits == 0x8000 ? 0 : bits;
+}
+
+inline float scale_value(uint32_t bits, int32_t dtype) {
+  if (dtype == kFloat32) return from_bits(bits);
+  if (dtype == kBfloat16) return from_bits(bits << 16);
+  return (bits & 0x7fff) == 0x7c00 ? from_bits(0x7f800000 | (bits & 0x8000) << 16) : half_to_float(uint16_t(bits));
+}
+
+inline float as_stored(float value, int32_t dtype) { return scale_value(scale_bits(value, dtype), dtype); }
+
+inline void store_scale(void* scales, int64_t index, int32_t dtype, float value) {
+  const uint32_t bits = scale_bits(value, dtype);
+  if (dtype == kFloat32)
+    static_cast<uint32_t*>(scales)[index] = bits;
+  else
+    static_cast<uint16_t*>(scales)[index] = uint16_t(bits);
 }
 
 // A row as float32. Gives false when it holds NaN or infinity.
@@ -96,6 +115,38 @@ bool load_row(const void* row, int32_t dtype, int64_t columns, float* out) {
   return !bad;
 }
 
+// The inverse of load_row. Gives false when a number became infinity.
+bool store_row(const float* row, int32_t dtype, int64_t columns, void* out) {
+  uint32_t bad = 0;
+  if (dtype == kFloat32) {
+    std::memcpy(out, row, size_t(columns) * sizeof(float));
+  } else if (dtype == kFloat16) {
+    uint16_t* to = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < columns; ++i) {
+      to[i] = float_to_half(row[i]);
+      bad |= (to[i] & 0x7c00) == 0x7c00;
+    }
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < columns; ++i) {
+      to[i] = float_to_bfloat(row[i]);
+      bad |= (to[i] & 0x7f80) == 0x7f80;
+    }
+  }
+  return !bad;
+}
+
+inline int64_t item_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+template <class Vector = floats>
+inline Vector load(const float* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+inline void store(float* to, floats vector) { std::memcpy(to, &vector, sizeof(vector)); }
+
 inline float clip(float x, float lowest, float highest) {
   x = x < lowest ? lowest : x;
   return x > highest ? highest : x;
@@ -103,96 +154,166 @@ inline float clip(float x, float lowest, float highest) {
 
 inline float to_code(float x, float lowest, float highest) { return (clip(x, lowest, highest) + kRound) - kRound; }
 
-inline float add_lanes(float* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[half + l];
-  return lanes[0];
+inline floats maximum(floats a, floats b) { return a > b ? a : b; }
+inline floats minimum(floats a, floats b) { return a < b ? a : b; }
+
+// The codes −8 … 7 of a vector of numbers in units of the scale; and q · q + sum, exact for codes, fused or not.
+#if defined(__AVX512F__)
+inline floats to_codes(floats x) {
+  const __m512 cut = _mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(-8.0f)), _mm512_set1_ps(7.0f));
+  return (floats)_mm512_roundscale_ps(cut, 8);
+}
+inline floats add_square(floats q, floats sum) { return (floats)_mm512_fmadd_ps((__m512)q, (__m512)q, (__m512)sum); }
+#else
+inline floats to_codes(floats x) { return (minimum(maximum(x, floats{} - 8.0f), floats{} + 7.0f) + kRound) - kRound; }
+inline floats add_square(floats q, floats sum) { return q * q + sum; }
+#endif
+
+// Folds 16 lanes in halves: lane l meets lane l + 8, then l + 4; the last four numbers are left.
+template <class Join>
+inline quad fold_to_four(const float* lanes, Join join) {
+  quad parts[4];
+  std::memcpy(parts, lanes, sizeof(parts));
+  return join(join(parts[0], parts[2]), join(parts[1], parts[3]));
+}
+
+inline float add_lanes(const float* lanes) {
+  const quad x = fold_to_four(lanes, [](quad a, quad b) { return a + b; });
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+inline float largest_lane(const float* lanes) {
+  const quad x = fold_to_four(lanes, [](quad a, quad b) { return a > b ? a : b; });
+  return larger(larger(x[0], x[2]), larger(x[1], x[3]));
+}
+
+// sums[c] becomes the sum of rows[c]'s lanes, in the order of add_lanes.
+inline void add_lanes(const float (&rows)[kCandidates][kLanes], float* sums) {
+  float fours[kCandidates][4];
+  for (int c = 0; c < kCandidates; ++c) {
+    const quad x = fold_to_four(rows[c], [](quad a, quad b) { return a + b; });
+    std::memcpy(fours[c], &x, sizeof(x));
+  }
+  for (int c = 0; c < kCandidates; ++c) sums[c] = (fours[c][0] + fours[c][2]) + (fours[c][1] + fours[c][3]);
 }
 
 inline float reciprocal(float value) { return value != 0.0f ? 1.0f / value : 0.0f; }
 
-// The scale of least squared error for one group (see _search in the reference), and its codes in `codes`.
-void search_group(const float* w, int64_t size, const float* candidates, int32_t num_candidates, void* scales,
-                  int64_t index, int32_t dtype, float* unit, float* trial, float* codes) {
-  float highest = w[0], lowest = w[0];
-  for (int64_t i = 1; i < size; ++i) {
-    highest = w[i] > highest ? w[i] : highest;
-    lowest = w[i] < lowest ? w[i] : lowest;
-  }
-  float extreme = highest >= -lowest ? highest : lowest;
-  if (std::fabs(extreme) < kSmallest) extreme = 0.0f;
-  const float inverse = reciprocal(extreme);
-  for (int64_t i = 0; i < size; ++i) unit[i] = w[i] * inverse;
+// What the search knows of a group of kSize numbers. Each pass below runs over all groups of a row before the next, so
+// that the processor has other groups to work on while it waits for the end of one.
+struct Group {
+  float extreme;  // the number of largest magnitude, with its sign
+  float inverse;  // its reciprocal, or 0
+  float scale;    // first of the best candidate, then the one that is stored
+};
 
-  float best = -1.0f, ratio = 0.0f;
-  for (int32_t c = 0; c < num_candidates; ++c) {
-    const float factor = -candidates[c];
-    float product[kLanes] = {}, square[kLanes] = {};
-    for (int64_t i = 0; i < size; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) {
-        const float q = to_code(unit[i + l] * factor, -8.0f, 7.0f);
-        product[l] += unit[i + l] * q;
-        square[l] += q * q;
+template <int kSize>
+inline void find_extreme(const float* w, Group& group) {
+  float highest[kLanes], negated[kLanes];
+  for (int part = 0; part < kLanes; part += kWidth) {
+    floats high = load(w + part), low = high;
+    for (int i = part + kLanes; i < kSize; i += kLanes) {
+      high = maximum(high, load(w + i));
+      low = minimum(low, load(w + i));
+    }
+    store(highest + part, high);
+    store(negated + part, -low);
+  }
+  const float top = largest_lane(highest), bottom = largest_lane(negated), extreme = top >= bottom ? top : -bottom;
+  group.extreme = std::fabs(extreme) < kSmallest ? 0.0f : extreme;
+  group.inverse = reciprocal(group.extreme);
+}
+
+// For each candidate the codes, and with them the best scale in closed form, Σ u·q / Σ q²; the best of these.
+template <int kSize>
+inline void find_scale(const float* w, const float* candidates, Group& group) {
+  float unit[kSize];
+  for (int i = 0; i < kSize; ++i) unit[i] = w[i] * group.inverse;
+  float products[kCandidates][kLanes], squares[kCandidates][kLanes];
+  for (int c = 0; c < kCandidates; ++c)
+    for (int part = 0; part < kLanes; part += kWidth) {
+      floats product = {}, square = {};
+      for (int i = part; i < kSize; i += kLanes) {
+        const floats u = load(unit + i), q = to_codes(u * -candidates[c]);
+        product += u * q;
+        square = add_square(q, square);
       }
-    const float p = add_lanes(product), s = add_lanes(square), s1 = s > 1.0f ? s : 1.0f;
-    const float gain = p * p / s1;
-    if (gain > best) best = gain, ratio = p / s1;
+      store(products[c] + part, product);
+      store(squares[c] + part, square);
+    }
+  float p[kCandidates], s[kCandidates], gain[kCandidates], ratio[kCandidates];
+  add_lanes(products, p);
+  add_lanes(squares, s);
+  for (int c = 0; c < kCandidates; ++c) {
+    s[c] = s[c] > 1.0f ? s[c] : 1.0f;
+    gain[c] = p[c] * p[c] / s[c];
+    ratio[c] = p[c] / s[c];
   }
+  const float best = largest_lane(gain);
+  uint32_t winners = 0;
+  for (int c = 0; c < kCandidates; ++c) winners |= uint32_t(gain[c] == best) << c;
+  group.scale = ratio[__builtin_ctz(winners)] * group.extreme;
+}
 
-  const float largest = std::fabs(extreme);
-  const float contenders[4] = {ratio * extreme, largest / 7.0f, largest / 8.0f, largest / -8.0f};
+// The best scale as stored against plain rounding with |extreme| over 7, 8 and −8.
+template <int kSize>
+inline void choose_scale(const float* w, int32_t dtype, Group& group) {
+  const float largest = std::fabs(group.extreme);
+  const float contenders[4] = {group.scale, largest / 7.0f, largest / 8.0f, largest / -8.0f};
   float least = INFINITY, chosen = 0.0f;
   for (float contender : contenders) {
-    const float scale = store_scale(scales, index, dtype, contender), inverse_scale = reciprocal(scale);
-    float error[kLanes] = {};
-    for (int64_t i = 0; i < size; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) {
-        const float q = to_code(w[i + l] * inverse_scale, -8.0f, 7.0f);
-        const float difference = (w[i + l] - q * scale) * inverse;
-        trial[i + l] = q;
-        error[l] += difference * difference;
+    const float scale = as_stored(contender, dtype), inverse_scale = reciprocal(scale);
+    float errors[kLanes];
+    for (int part = 0; part < kLanes; part += kWidth) {
+      floats error = {};
+      for (int i = part; i < kSize; i += kLanes) {
+        const floats x = load(w + i), difference = (x - to_codes(x * inverse_scale) * scale) * group.inverse;
+        error += difference * difference;
       }
-    const float total = add_lanes(error);
-    if (total < least) {
-      least = total, chosen = scale;
-      std::memcpy(codes, trial, size * sizeof(float));
+      store(errors + part, error);
     }
+    const float total = add_lanes(errors);
+    chosen = total < least ? scale : chosen;
+    least = total < least ? total : least;
   }
-  store_scale(scales, index, dtype, least < INFINITY ? chosen : 0.0f);
-  if (!(least < INFINITY)) std::memset(codes, 0, size * sizeof(float));
+  group.scale = chosen;
 }
 
-// Round to nearest with the largest magnitude over 127 or 8.
-void round_group(const float* w, int64_t size, int32_t bits, void* scales, int64_t index, int32_t dtype, float* codes) {
+template <int kSize>
+void search_row(const float* row, int64_t num_groups, const float* candidates, int32_t dtype, Group* groups) {
+  for (int64_t g = 0; g < num_groups; ++g) find_extreme<kSize>(row + g * kSize, groups[g]);
+  for (int64_t g = 0; g < num_groups; ++g) find_scale<kSize>(row + g * kSize, candidates, groups[g]);
+  for (int64_t g = 0; g < num_groups; ++g) choose_scale<kSize>(row + g * kSize, dtype, groups[g]);
+}
+
+// Plain rounding's scale: the largest magnitude over 127 or 8, as stored.
+float plain_scale(const float* w, int64_t size, int32_t bits, int32_t dtype) {
   float largest = 0.0f;
   for (int64_t i = 0; i < size; ++i) largest = std::fabs(w[i]) > largest ? std::fabs(w[i]) : largest;
-  if (largest < kSmallest) largest = 0.0f;
-  const float inverse = reciprocal(store_scale(scales, index, dtype, largest / (bits == 8 ? 127.0f : 8.0f)));
-  const float lowest = bits == 8 ? -127.0f : -8.0f, highest = bits == 8 ? 127.0f : 7.0f;
+  return as_stored((largest < kSmallest ? 0.0f : largest) / (bits == 8 ? 127.0f : 8.0f), dtype);
+}
+
+// Codes of one group; Σ (w − q·scale)² and Σ w² are added to sums.
+void encode(const float* w, int64_t size, float scale, int32_t bits, float* codes, double* sums) {
+  const float inverse = reciprocal(scale), lowest = bits == 8 ? -127.0f : -8.0f, highest = bits == 8 ? 127.0f : 7.0f;
   for (int64_t i = 0; i < size; ++i) codes[i] = to_code(w[i] * inverse, lowest, highest);
-}
-
-float stored_scale(const void* scales, int64_t index, int32_t dtype) {
-  if (dtype == kFloat32) return static_cast<const float*>(scales)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(scales)[index];
-  return dtype == kFloat16 ? half_to_float(bits) : from_bits(uint32_t(bits) << 16);
-}
-
-// Σ (w − q·scale)² and Σ w² of one group, added to sums.
-void measure_group(const float* w, const float* codes, int64_t size, float scale, double* sums) {
-  double error[kLanes] = {}, norm[kLanes] = {};
-  for (int64_t i = 0; i + kLanes <= size; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      const double x = w[i + l], difference = x - double(codes[i + l] * scale);
-      error[l] += difference * difference;
-      norm[l] += x * x;
-    }
-  for (int64_t i = size / kLanes * kLanes; i < size; ++i) {
-    const double x = w[i], difference = x - double(codes[i] * scale);
-    error[0] += difference * difference;
-    norm[0] += x * x;
+  doubles errors = {}, norms = {};
+  const int64_t whole = size / (kWidth / 2) * (kWidth / 2);
+  for (int64_t i = 0; i < whole; i += kWidth / 2) {
+    const half_floats x = load<half_floats>(w + i), near = load<half_floats>(codes + i) * scale;
+    const doubles wide = __builtin_convertvector(x, doubles);
+    const doubles difference = wide - __builtin_convertvector(near, doubles);
+    errors += difference * difference;
+    norms += wide * wide;
   }
-  for (int l = 0; l < kLanes; ++l) sums[0] += error[l], sums[1] += norm[l];
+  for (int l = 0; l < kWidth / 2; ++l) sums[0] += errors[l], sums[1] += norms[l];
+  for (int64_t i = whole; i < size; ++i) {
+    const double x = w[i], difference = x - double(codes[i] * scale);
+    sums[0] += difference * difference;
+    sums[1] += x * x;
+  }
 }
 
 void pack_row(const float* codes, int64_t columns, int32_t bits, uint8_t* out) {
@@ -207,28 +328,46 @@ void pack_row(const float* codes, int64_t columns, int32_t bits, uint8_t* out) {
 }  // namespace
 
 // weights [rows, columns] of `dtype`, rows `row_bytes` apart; columns / group_size scales per row, of scale_dtype;
-// codes [rows, columns · bits / 8]; group_size a multiple of 16 where there are candidates to search. sums [2] get
-// Σ (w − q·scale)² and Σ w². Gives 1 as soon as a row holds NaN or infinity, else 0.
+// codes [rows, columns · bits / 8]. With `candidates` [16] scales are searched, and group_size is 32, 64 or 128; without,
+// it is `columns`. sums [2] get Σ (w − q·scale)² and Σ w². Gives 1 as soon as a row holds NaN or infinity, else 0.
 extern "C" __attribute__((visibility("default"))) int32_t tw_quantize(
     const void* weights, int32_t dtype, int64_t rows, int64_t columns, int64_t row_bytes, int32_t bits,
-    int64_t group_size, const float* candidates, int32_t num_candidates, uint8_t* codes, void* scales,
-    int32_t scale_dtype, double* sums) {
-  std::vector<float> buffer(size_t(2 * columns + 2 * group_size));
-  float *row = buffer.data(), *row_codes = row + columns, *unit = row_codes + columns, *trial = unit + group_size;
-  const int64_t groups = columns / group_size;
+    int64_t group_size, const float* candidates, uint8_t* codes, void* scales, int32_t scale_dtype, double* sums) {
+  const int64_t num_groups = columns / group_size;
+  std::vector<float> buffer(size_t(2 * columns));
+  std::vector<Group> groups(size_t(num_groups), Group{});
+  float *row = buffer.data(), *row_codes = row + columns;
   for (int64_t r = 0; r < rows; ++r) {
     if (!load_row(static_cast<const char*>(weights) + r * row_bytes, dtype, columns, row)) return 1;
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* w = row + g * group_size;
-      float* q = row_codes + g * group_size;
-      const int64_t index = r * groups + g;
-      if (num_candidates)
-        search_group(w, group_size, candidates, num_candidates, scales, index, scale_dtype, unit, trial, q);
-      else
-        round_group(w, group_size, bits, scales, index, scale_dtype, q);
-      measure_group(w, q, group_size, stored_scale(scales, index, scale_dtype), sums);
+    if (!candidates)
+      groups[0].scale = plain_scale(row, columns, bits, scale_dtype);
+    else if (group_size == 32)
+      search_row<32>(row, num_groups, candidates, scale_dtype, groups.data());
+    else if (group_size == 64)
+      search_row<64>(row, num_groups, candidates, scale_dtype, groups.data());
+    else
+      search_row<128>(row, num_groups, candidates, scale_dtype, groups.data());
+    for (int64_t g = 0; g < num_groups; ++g) {
+      encode(row + g * group_size, group_size, groups[size_t(g)].scale, bits, row_codes + g * group_size, sums);
+      store_scale(scales, r * num_groups + g, scale_dtype, groups[size_t(g)].scale);
     }
     pack_row(row_codes, columns, bits, codes + r * (columns * bits / 8));
+  }
+  return 0;
+}
+
+// `count` numbers to another dtype; with `out` null they are only looked at. Gives 1 where they hold NaN or infinity,
+// 2 where they are beyond the range of `out_dtype`, else 0.
+extern "C" __attribute__((visibility("default"))) int32_t tw_cast(const void* values, int32_t dtype, int64_t count,
+                                                                  void* out, int32_t out_dtype) {
+  constexpr int64_t kBlock = 4096;
+  float block[kBlock];
+  const char* from = static_cast<const char*>(values);
+  char* to = static_cast<char*>(out);
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t size = count - start < kBlock ? count - start : kBlock;
+    if (!load_row(from + start * item_bytes(dtype), dtype, size, block)) return 1;
+    if (out && !store_row(block, out_dtype, size, to + start * item_bytes(out_dtype))) return 2;
   }
   return 0;
 }
