@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -39,19 +40,27 @@ BATCHES = {
 }
 
 
-def attention_program(shape: tuple[str, int, int, int, int, int]) -> Program:
+def attention_program(shape: tuple[str, int, int, int, int, int], bits: int = 0) -> Program:
     dtype, heads, kv_heads, size, block_size, window = shape
     buffers = {name: Buffer(name, ("tokens", heads * size), "float32") for name in "qy"}
     buffers["kv"] = Buffer("kv", ("blocks", 2, kv_heads, block_size, size), dtype, "cache")
     if dtype == "int8":
         buffers["kv_scales"] = Buffer("kv_scales", ("blocks", 2, kv_heads, block_size), "float32", "cache")
     return one_op("attention", buffers, num_heads=heads, num_kv_heads=kv_heads, head_size=size, scale=size**-0.5,
-                  window=window)
+                  window=window, activation_bits=bits)
 
 
 @pytest.fixture(scope="session")
 def ops(target: Target) -> NativeOps:
     return NativeOps([attention_program(shape) for shape in SHAPES], target)
+
+
+@pytest.fixture(scope="session")
+def fixed_ops(target: Target) -> NativeOps:
+    """With products in 16 bits."""
+    if not any("vnni" in feature for feature in target.features):
+        pytest.skip("the target's products are float32")
+    return NativeOps([attention_program(shape, 16) for shape in SHAPES], target)
 
 
 def cache_arrays(shape: tuple[str, int, int, int, int, int], blocks: int,
@@ -82,10 +91,40 @@ def test_attention_matches_the_reference(ops: NativeOps, index: int, batch_name:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("batch_name", BATCHES)
+@pytest.mark.parametrize("index", range(len(SHAPES)), ids=["-".join(map(str, shape)) for shape in SHAPES])
+def test_products_in_16_bits_are_about_as_exact_as_a_float16_cache(fixed_ops: NativeOps, index: int,
+                                                                    batch_name: str) -> None:
+    got, expected = outputs(fixed_ops, index, batch_name, 2)
+    bound = 5e-6 if SHAPES[index][0] == "float32" else 5e-4
+    assert np.sqrt(np.mean((got - expected) ** 2)) < bound * np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4 * bound * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)), ids=["-".join(map(str, shape)) for shape in SHAPES])
+def test_bits_of_a_row_do_not_depend_on_the_rows_behind_it(fixed_ops: NativeOps, index: int) -> None:
+    """A prompt whole, and its first 40 tokens alone: what comes later must not move a scale."""
+    _, heads, _, size, block_size, _ = SHAPES[index]
+    random = np.random.default_rng(index)
+    whole, blocks = make_batch([(90, 90)], block_size)
+    arrays = cache_arrays(SHAPES[index], blocks, random)
+    rows = random.standard_normal((90, heads * size)).astype(np.float32)
+    results = []
+    for count in (90, 40):
+        batch, _ = make_batch([(count, count)], block_size)
+        batch = replace(batch, block_tables=whole.block_tables)
+        own = {**arrays, "q": rows[:count].copy(), "y": np.zeros((count, heads * size), np.float32)}
+        fixed_ops.run(index, own, {}, batch)
+        results.append(own["y"][:40])
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize("batch_name", ["mixed", "long"])
-def test_bits_do_not_depend_on_the_number_of_workers(ops: NativeOps, batch_name: str) -> None:
+@pytest.mark.parametrize("fixture", ["ops", "fixed_ops"])
+def test_bits_do_not_depend_on_the_number_of_workers(request: pytest.FixtureRequest, target: Target, fixture: str,
+                                                     batch_name: str) -> None:
     for index in range(len(SHAPES)):
-        one, three = (outputs(ops, index, batch_name, workers)[0] for workers in (1, 3))
+        one, three = (outputs(request.getfixturevalue(fixture), index, batch_name, workers)[0] for workers in (1, 3))
         np.testing.assert_array_equal(one, three)
 
 

@@ -118,7 +118,7 @@ def _add_attention(writer: _Writer, layer: int, x: str, kv_dtype: str, tokens_pe
     y = writer.op(f"{name}.attention", "attention", (parts["q"], "query_starts", "query_lengths", "kv_lengths",
                                                      "block_tables", *caches), q_size,
                   num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_size=c.head_size,
-                  scale=1 / math.sqrt(c.head_size), window=c.window(layer))
+                  scale=1 / math.sqrt(c.head_size), window=c.window(layer), activation_bits=0)
     y = writer.linear(f"{name}.dense", y, (c.hidden_size, q_size), f"{tensor}.dense", bias=c.dense_bias)
     return writer.op(f"{name}.residual", "add", (x, y), c.hidden_size)
 

@@ -47,9 +47,10 @@ OPS: dict[str, OpSpec] = {
     "cache_write": OpSpec(("k", "v", "slots", "kv", "kv_scales?"), ("kv", "kv_scales?"), (),
                           ("num_kv_heads", "head_size"), "keys and values into their slots; a slot < 0 is skipped"),
     "attention": OpSpec(("q", "query_starts", "query_lengths", "kv_lengths", "block_tables", "kv", "kv_scales?"),
-                        ("y",), (), ("num_heads", "num_kv_heads", "head_size", "scale", "window"),
+                        ("y",), (), ("num_heads", "num_kv_heads", "head_size", "scale", "window", "activation_bits"),
                         "causal softmax(scale · q·k)·v over the sequence's blocks; head h reads kv head "
-                        "h // (num_heads / num_kv_heads); window w > 0: the last w positions only, itself included"),
+                        "h // (num_heads / num_kv_heads); window w > 0: the last w positions only, itself included; "
+                        "activation_bits 16: products may take 16-bit fixed-point operands"),
     "activation": OpSpec(("x",), ("y",), (), ("function",), "silu, gelu (erf) or gelu_tanh"),
     "multiply": OpSpec(("a", "b"), ("y",), (), (), "a · b"),
     "add": OpSpec(("a", "b"), ("y",), (), (), "a + b"),
@@ -64,5 +65,5 @@ OPS: dict[str, OpSpec] = {
 }
 
 ATTRIBUTE_DEFAULTS: dict[str, object] = {"activation_group": 0, "norm_epsilon": 0.0, "gate": "", "head_size": 0,
-                                         "attention_factor": 1.0, "window": 0}
+                                         "attention_factor": 1.0, "window": 0, "activation_bits": 0}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

@@ -1,5 +1,7 @@
 """Gives each linear its weight scheme, as the checkpoint was quantised, and the rounding of its activations.
 
+Where linears round their activations to int8, attention may round its own to 16 bits: a twentieth of that error.
+
 Embedding and lm_head stay as they are unless the checkpoint's lm_head was quantised: then it is int8 per channel.
 """
 
@@ -25,6 +27,9 @@ def run(program: Program, context: Context) -> Program:
                            else context.activation_group}
                 op = replace(op, attributes={**op.attributes, **rounded})
         ops.append(op)
+    if context.algorithm is not None and context.activation_group > 0:
+        ops = [replace(op, attributes={**op.attributes, "activation_bits": 16}) if op.kind == "attention" else op
+               for op in ops]
     return program.with_ops(ops, weights=weights)
 
 

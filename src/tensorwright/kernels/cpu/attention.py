@@ -12,7 +12,10 @@ MAX_SPLITS, SPLIT_SEQUENCES, MAX_LANES, PARTIAL_EXTRA = 8, 64, 16, 16
 
 
 class Attention(PlainKernel):
-    """Causal softmax(scale · q·k)·v in float32, over caches of any supported dtype.
+    """Causal softmax(scale · q·k)·v over caches of any supported dtype.
+
+    In float32; with activation_bits 16, on CPUs with VNNI and for caches below float32, the products of 12 rows and
+    more (prefill), and those of few rows with int8 keys, take 16-bit fixed-point operands (native/attention_pairs.h).
 
     The bits of a sequence's result depend on the sequence, its chunk, and whether the step has more than 64 sequences;
     not on the number of workers.
@@ -26,10 +29,10 @@ class Attention(PlainKernel):
                 and op.attributes["num_heads"] % op.attributes["num_kv_heads"] == 0)
 
     def source(self, op: Op, program: Program, tactic: Tactic) -> Source:
-        """tw::attention<number, heads, kv_heads, head_size, block_size, window, scale>."""
+        """tw::attention<number, heads, kv_heads, head_size, block_size, window, scale, bits>."""
         a, cache = op.attributes, cache_of(op, program)
         arguments = (NATIVE_TYPES[cache.dtype], a["num_heads"], a["num_kv_heads"], a["head_size"], cache.shape[3],
-                     attribute(op, "window"), float_bits(a["scale"]))
+                     attribute(op, "window"), float_bits(a["scale"]), attribute(op, "activation_bits"))
         return Source(("attention.h",), f"tw::attention<{', '.join(map(str, arguments))}>::run")
 
     def scratch_bytes(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> int:

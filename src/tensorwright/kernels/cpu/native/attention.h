@@ -11,12 +11,12 @@
 // as well for int8. Prefill reads a position once for UNIT_ROWS rows: only its arithmetic counts, of which the two
 // products are 85 %.
 #pragma once
-#include "attention_many.h"
+#include "attention_pairs.h"
 #include "pool.h"
 
 namespace tw {
 
-constexpr int UNIT_ROWS = 96;  // query rows
+constexpr int UNIT_ROWS = 384;  // query rows
 constexpr int MAX_SPLITS = 8;
 constexpr int SPLIT_TOKENS = 512;  // a range is not cut shorter
 constexpr int SPLIT_SEQUENCES = 64;  // bigger batches have work enough without cutting
@@ -27,7 +27,8 @@ static_assert(FEW_ROWS % TILE_STEP == 0 && FEW_ROWS % 4 == 0, "padding fills gro
 
 // buffers q [T, HEADS * HEAD_SIZE], kv, kv_scales (int8 only), y as q. Scratch: SPLIT_SEQUENCES (or T if fewer) *
 // HEADS * MAX_SPLITS * (SIZE + 16) floats. WINDOW 0: the whole context. SCALE is a float's bits.
-template <class Number, int HEADS, int KV_HEADS, int HEAD_SIZE, int BLOCK_SIZE, int WINDOW, uint32_t SCALE>
+// BITS 16: products of many rows may take 16-bit operands (attention_pairs.h), unless the cache is float32.
+template <class Number, int HEADS, int KV_HEADS, int HEAD_SIZE, int BLOCK_SIZE, int WINDOW, uint32_t SCALE, int BITS>
 struct attention {
   static constexpr int GROUP = HEADS / KV_HEADS;
   static constexpr int QUERIES = GROUP < UNIT_ROWS ? UNIT_ROWS / GROUP : 1;  // tokens of a unit
@@ -35,7 +36,11 @@ struct attention {
   static constexpr int SIZE = (HEAD_SIZE + LANES - 1) / LANES * LANES;
   static constexpr int PARTIAL = SIZE + 16;  // sums, largest, total
   static constexpr bool SCALED = sizeof(Number) == 1;
+  static constexpr bool PAIRED = HAS_PAIRS && BITS == 16 && sizeof(Number) < sizeof(float);
+  static constexpr bool PAIRED_FEW = PAIRED && SCALED && HEAD_SIZE % (2 * LANES) == 0;
   using cached = cached_head<Number, KV_HEADS, HEAD_SIZE, BLOCK_SIZE>;
+  using tile_of_many = std::conditional_t<PAIRED, pair_tile<cached, Number, HEAD_SIZE, PAIRED ? ROWS : 0>,
+                                          wide_tile<cached, Number, HEAD_SIZE>>;
 
   struct arrays {
     const float* q;
@@ -53,7 +58,7 @@ struct attention {
     alignas(64) float totals[ROWS][LANES];
     alignas(64) float factors[TILE_STEP + LANES];
     alignas(64) float largest[ROWS + LANES];
-    wide_tile<cached, Number, HEAD_SIZE> tile;
+    tile_of_many tile;
   };
 
   // The tokens of a unit, and the cached positions [begin, end) that it attends to.
@@ -89,6 +94,13 @@ struct attention {
   template <int R>
   static void attend_few(state& s, const cached& head, const unit& u, const next_tile<cached>& next_unit) {
     using few = few_rows<R, cached, HEAD_SIZE>;
+    alignas(64) int16_t fixed[PAIRED_FEW ? FEW_ROWS * HEAD_SIZE : 1];
+    alignas(64) float scales[FEW_ROWS / R * LANES];
+    for (int i = 0; i < padded(u.rows()) / R * LANES; ++i) {
+      const int row = i / LANES * R + i % R;
+      if (!PAIRED_FEW) scales[i] = 1.0f;
+      else scales[i] = i % LANES < R ? to_fixed<HEAD_SIZE>(s.q[row], fixed + row * HEAD_SIZE) : scales[i - R];
+    }
     alignas(64) float largest[FEW_ROWS / R * LANES], totals[FEW_ROWS / R * LANES] = {}, factors[LANES];
     for (float& each : largest) each = NO_SCORE;
     for (int begin = u.begin; begin < u.end; begin += TILE) {
@@ -106,9 +118,10 @@ struct attention {
           first[r] = u.first(own) - begin;
           last[r] = u.last(own) < end ? u.last(own) - begin : end - begin;
         }
-        few::score(head, s.q[row], begin, end, next, s.weights);
-        few::soften(s.weights, end - begin, first, last, s.tile.key_scales, s.tile.value_scales,
-                    largest + row / R * LANES, totals + row / R * LANES, factors);
+        if constexpr (PAIRED_FEW) few::score(head, fixed + row * HEAD_SIZE, begin, end, next, s.weights);
+        else few::score(head, s.q[row], begin, end, next, s.weights);
+        few::soften(s.weights, end - begin, first, last, scales + row / R * LANES, s.tile.key_scales,
+                    s.tile.value_scales, largest + row / R * LANES, totals + row / R * LANES, factors);
         few::add_values(head, s.weights, factors, begin, end, next, s.sums[row]);
         next.end = 0;  // once is enough
       }
@@ -125,19 +138,25 @@ struct attention {
     for (int begin = u.begin; begin < u.end; begin += TILE) {
       const int count = u.end - begin < TILE ? u.end - begin : TILE;
       s.tile.fill(head, begin, begin + count);
-      for (int r = 0; r < rows; r += TILE_STEP) {
+      const int end = begin + count;
+      const next_tile<cached> next{head, end, u.end - end < TILE ? u.end : end + TILE};
+      for (int r = 0, ahead = 0; r < rows; r += TILE_STEP, ahead += 2) {
+        if (ahead < TILE) {
+          next.template prefetch_rows<2>(0, ahead);
+          next.template prefetch_rows<2>(1, ahead);
+        }
         const int bottom = r + TILE_STEP < rows ? r + TILE_STEP - 1 : rows - 1;
         const int last = u.last(bottom) - begin < count ? u.last(bottom) - begin : count;
         if (last <= 0 || u.first(r) - begin >= count) continue;
         const int columns = (last + LANES - 1) / LANES * LANES;
-        multiply_step(s.q[r], SIZE, s.tile.keys[0], TILE, s.weights, TILE, columns, HEAD_SIZE, nullptr);
+        s.tile.score(s.q[r], r, columns, s.weights);
         for (int i = 0; i < TILE_STEP; ++i) {
           const int own = r + i < rows ? r + i : rows - 1, from = u.first(own) - begin;
           const int to = u.last(own) - begin < count ? u.last(own) - begin : count;
           if (from > 0 || to < columns) hide(s.weights + i * TILE, columns, from, to);
         }
-        soften_step(s.weights, columns, s.largest + r, s.totals[r], s.factors);
-        multiply_step(s.weights, TILE, s.tile.values[0], SIZE, s.sums[r], SIZE, SIZE, last, s.factors);
+        s.tile.soften(r, s.weights, columns, s.largest + r, (floats*)s.totals[r], s.factors);
+        s.tile.add_values(s.weights, columns, last, s.factors, s.sums[r]);
       }
     }
     for (int r = 0; r < rows; ++r) s.totals[r][0] = reduce_add(load(s.totals[r]));
@@ -153,7 +172,7 @@ struct attention {
     }
     if (rows >= FEW_ROWS) {
       memset(s.totals, 0, sizeof(float) * LANES * all);
-      for (int r = 0; r < all; ++r) s.largest[r] = NO_SCORE;
+      for (int r = 0; r < all; ++r) s.largest[r] = NO_SCORE, s.tile.prepare(r, s.q[r]);
       attend_many(s, head, u);
     } else if (GROUP == 1 && rows == 1) {
       attend_few<1>(s, head, u, next);

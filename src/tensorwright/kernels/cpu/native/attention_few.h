@@ -7,7 +7,7 @@
 #pragma once
 #include "functions.h"
 #include "kv_cache.h"
-#include "lanes.h"
+#include "pairs.h"
 
 namespace tw {
 
@@ -67,11 +67,26 @@ struct next_tile {
   }
 };
 
+typedef int16_t signed_shorts __attribute__((vector_size(2 * LANES)));
+
 #if defined(TW_AVX512) || defined(__aarch64__)
 constexpr int SUM_VECTORS = 16;  // of 32 registers
 #else
 constexpr int SUM_VECTORS = 8;
 #endif
+
+// A query as 16-bit fixed point, a vector of length 32000: products with int8 keys fit 32 bits. Returns its scale.
+template <int HEAD_SIZE>
+TW_INLINE float to_fixed(const float* from, int16_t* to) {
+  float sum = 0.0f;
+  for (int i = 0; i < HEAD_SIZE; i += LANES) sum += reduce_add(load(from + i) * load(from + i));
+  const float norm = sqrtf(sum), factor = norm > 0.0f ? 32000.0f / norm : 0.0f;
+  for (int i = 0; i < HEAD_SIZE; i += LANES) {
+    const auto narrow = __builtin_convertvector(round_to_ints(load(from + i) * factor), signed_shorts);
+    memcpy(to + i, &narrow, sizeof(narrow));
+  }
+  return norm / 32000.0f;
+}
 
 // R query rows against tiles of a head. q and sums: [R][SIZE].
 template <int R, class Head, int HEAD_SIZE>
@@ -108,8 +123,27 @@ struct few_rows {
     return sums_of(sums);
   }
 
-  // scores [end - begin][R]; writes up to LANES more.
-  static void score(const Head& head, const float* q, int begin, int end, const next_tile<Head>& next, float* scores) {
+  // The same of int8 keys, in integers: q [R][HEAD_SIZE] is fixed point, and a lane takes two numbers.
+  TW_INLINE floats dots(const int16_t* q, const int8_t* keys, int last) {
+    ints sums[LANES] = {};
+    unrolled<HEAD_SIZE / (2 * LANES)>([&](auto v) TW_INLINE_LAMBDA {
+      constexpr int OFFSET = decltype(v)::value * 2 * LANES;
+      unrolled<KEYS>([&](auto key) TW_INLINE_LAMBDA {
+        constexpr int K = decltype(key)::value;
+        const ints number = load_pairs(keys + (K < last ? K : last) * HEAD_SIZE + OFFSET);
+        unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
+          constexpr int I = decltype(r)::value;
+          const ints query = load_as<ints>(q + I * HEAD_SIZE + OFFSET);
+          sums[K * R + I] = multiply_add(query, number, sums[K * R + I]);
+        });
+      });
+    });
+    return to_floats(sums_of(sums));
+  }
+
+  // scores [end - begin][R]; writes up to LANES more. Those of fixed point lack the scale of q.
+  template <class Query>
+  static void score(const Head& head, const Query* q, int begin, int end, const next_tile<Head>& next, float* scores) {
     for (int p = begin, n; p < end; p += n) {
       n = Head::run(p, end);
       const auto* keys = head.row(0, p);
@@ -123,15 +157,17 @@ struct few_rows {
   // Scores become weights, of 2^(score - largest so far). `factors`: what earlier weights are to be multiplied by.
   // `largest`, `totals`, `factors` [LANES]: lane i is of row i % R, and a total is the sum of its row's lanes.
   // Row r sees positions [first[r], last[r]) of the tile.
-  static void soften(float* scores, int count, const int* first, const int* last, const float* key_scales,
-                     const float* value_scales, float* largest, float* totals, float* factors) {
+  // `scales` [LANES]: what scores lack, by row, without those of int8 keys.
+  static void soften(float* scores, int count, const int* first, const int* last, const float* scales,
+                     const float* key_scales, const float* value_scales, float* largest, float* totals,
+                     float* factors) {
     ints from, to;
     for (int i = 0; i < LANES; ++i) from[i] = first[i % R], to[i] = last[i % R];
     const ints keys = lane_numbers() / R;
     floats top = load(largest);
     for (int k = 0; k < count; k += KEYS) {
       floats score = load(scores + k * R);
-      if (Head::SCALED) score = score * load_repeated<R>(key_scales + k);
+      if (Head::SCALED) score = score * load(scales) * load_repeated<R>(key_scales + k);
       const ints position = keys + k;
       score = (position >= from) & (position < to) ? score : broadcast(-INFINITY);
       store(scores + k * R, score);

@@ -5,6 +5,7 @@
 // is computed beyond the last position that any of them sees.
 #pragma once
 #include "attention_few.h"
+#include "pairs.h"
 
 namespace tw {
 
@@ -17,24 +18,22 @@ constexpr int TILE_STEP = 6, TILE_VECTORS = 2;
 constexpr int TILE_STEP = 4, TILE_VECTORS = 2;
 #endif
 
-// c[R][C vectors] = c * factors[R] + a[R][depth] · b[depth][C vectors]; without factors, c = a · b. Strides in floats.
-template <int R, int C>
-TW_INLINE void multiply_tile(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
-                             int depth, const float* factors) {
-  floats sums[R * C];
-  unrolled<R * C>([&](auto i) TW_INLINE_LAMBDA {
-    constexpr int I = decltype(i)::value;
-    sums[I] = factors ? load(c + I / C * c_stride + I % C * LANES) * broadcast(factors[I / C]) : floats{};
-  });
+// finish(r, column, sums) for each vector of a[R][depth] · b[depth][C vectors]; strides in numbers. Numbers are floats,
+// or ints that hold pairs (pairs.h).
+template <int R, int C, class Number, class Finish>
+TW_INLINE void multiply_tile(const Number* a, int a_stride, const Number* b, int b_stride, int depth,
+                             Finish&& finish) {
+  using vector = decltype(load(b));
+  vector sums[R * C] = {};
   for (int k = 0; k < depth; ++k) {
-    floats row[C];
+    vector row[C];
     unrolled<C>([&](auto i) TW_INLINE_LAMBDA {
       constexpr int I = decltype(i)::value;
       row[I] = load(b + k * b_stride + I * LANES);
     });
     unrolled<R>([&](auto r) TW_INLINE_LAMBDA {
       constexpr int I = decltype(r)::value;
-      const floats number = broadcast(a[I * a_stride + k]);
+      const vector number = broadcast(a[I * a_stride + k]);
       unrolled<C>([&](auto v) TW_INLINE_LAMBDA {
         constexpr int V = decltype(v)::value;
         sums[I * C + V] = multiply_add(number, row[V], sums[I * C + V]);
@@ -43,18 +42,50 @@ TW_INLINE void multiply_tile(const float* a, int a_stride, const float* b, int b
   }
   unrolled<R * C>([&](auto i) TW_INLINE_LAMBDA {
     constexpr int I = decltype(i)::value;
-    store(c + I / C * c_stride + I % C * LANES, sums[I]);
+    finish(I / C, I % C * LANES, sums[I]);
   });
 }
 
 // As multiply_tile for TILE_STEP rows and any number of whole vectors.
-static inline void multiply_step(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
-                                 int columns, int depth, const float* factors) {
-  int column = 0;
-  for (; column + TILE_VECTORS * LANES <= columns; column += TILE_VECTORS * LANES)
-    multiply_tile<TILE_STEP, TILE_VECTORS>(a, a_stride, b + column, b_stride, c + column, c_stride, depth, factors);
-  for (; column < columns; column += LANES)
-    multiply_tile<TILE_STEP, 1>(a, a_stride, b + column, b_stride, c + column, c_stride, depth, factors);
+template <class Number, class Finish>
+TW_INLINE void multiply_step(const Number* a, int a_stride, const Number* b, int b_stride, int columns, int depth,
+                             Finish&& finish) {
+  for (int column = 0, wide = TILE_VECTORS * LANES; column < columns; column += wide) {
+    const auto moved = [&](int r, int within, auto sums) TW_INLINE_LAMBDA { finish(r, column + within, sums); };
+    if (columns - column < wide) wide = LANES;
+    if (wide > LANES) multiply_tile<TILE_STEP, TILE_VECTORS>(a, a_stride, b + column, b_stride, depth, moved);
+    else multiply_tile<TILE_STEP, 1>(a, a_stride, b + column, b_stride, depth, moved);
+  }
+}
+
+// Scores [TILE_STEP][TILE] outside [first, last) of their row are put below all others.
+static inline void hide(float* scores, int columns, int first, int last) {
+  for (int k = 0; k < columns; k += LANES) {
+    const ints position = lane_numbers() + k;
+    store(scores + k, (position >= first) & (position < last) ? load(scores + k) : broadcast(-INFINITY));
+  }
+}
+
+// Scores [TILE_STEP][TILE] become weights, of 2^(score - largest so far); `totals` [TILE_STEP][LANES] are sums by lane.
+// `factors` [TILE_STEP]: what earlier weights are to be multiplied by.
+static inline void soften_step(float* scores, int columns, float* largest, float* totals, float* factors) {
+  for (int r = 0; r < TILE_STEP; ++r) {
+    floats top = load(scores + r * TILE);
+    for (int k = LANES; k < columns; k += LANES) top = maximum(top, load(scores + r * TILE + k));
+    const float most = reduce_maximum(top), now = most > largest[r] ? most : largest[r];
+    factors[r] = largest[r] - now;
+    largest[r] = now;
+  }
+  for (int r = 0; r < TILE_STEP; r += LANES) store(factors + r, exponential2(load(factors + r)));
+  for (int r = 0; r < TILE_STEP; ++r) {
+    floats total = load(totals + r * LANES) * broadcast(factors[r]);
+    for (int k = 0; k < columns; k += LANES) {
+      const floats weight = exponential2(load(scores + r * TILE + k) - broadcast(largest[r]));
+      store(scores + r * TILE + k, weight);
+      total += weight;
+    }
+    store(totals + r * LANES, total);
+  }
 }
 
 // A tile of one head as float32: keys turned, both times their scales.
@@ -64,6 +95,27 @@ struct wide_tile {
   alignas(64) float keys[SIZE][TILE];
   alignas(64) float values[TILE][SIZE];
   alignas(64) float key_scales[TILE + LANES], value_scales[TILE + LANES];
+
+  void prepare(int, const float*) {}  // query rows are used as they are
+
+  // Scores [TILE_STEP][TILE] of query rows, which begin with number `row` of the unit's.
+  void score(const float* q, int row, int columns, float* scores) const {
+    multiply_step(q, SIZE, keys[0], TILE, columns, HEAD_SIZE, [&](int r, int column, floats sums) TW_INLINE_LAMBDA {
+      store(scores + r * TILE + column, sums);
+    });
+  }
+
+  void soften(int, float* scores, int columns, float* largest, floats* totals, float* factors) {
+    soften_step(scores, columns, largest, (float*)totals, factors);
+  }
+
+  // sums [TILE_STEP][SIZE] = sums * factors + weights · values, of the first `last` positions.
+  void add_values(const float* weights, int columns, int last, const float* factors, float* to) {
+    multiply_step(weights, TILE, values[0], SIZE, SIZE, last, [&](int r, int column, floats sums) TW_INLINE_LAMBDA {
+      float* place = to + r * SIZE + column;
+      store(place, multiply_add(load(place), broadcast(factors[r]), sums));
+    });
+  }
 
   // Positions [begin, end). Keys beyond the last are copies of it.
   void fill(const Head& head, int begin, int end) {
@@ -101,35 +153,5 @@ struct wide_tile {
     });
   }
 };
-
-// Scores [TILE_STEP][TILE] outside [first, last) of their row are put below all others.
-static inline void hide(float* scores, int columns, int first, int last) {
-  for (int k = 0; k < columns; k += LANES) {
-    const ints position = lane_numbers() + k;
-    store(scores + k, (position >= first) & (position < last) ? load(scores + k) : broadcast(-INFINITY));
-  }
-}
-
-// Scores [TILE_STEP][TILE] become weights, of 2^(score - largest so far); `totals` [TILE_STEP][LANES] are sums by lane.
-// `factors` [TILE_STEP]: what earlier weights are to be multiplied by.
-static inline void soften_step(float* scores, int columns, float* largest, float* totals, float* factors) {
-  for (int r = 0; r < TILE_STEP; ++r) {
-    floats top = load(scores + r * TILE);
-    for (int k = LANES; k < columns; k += LANES) top = maximum(top, load(scores + r * TILE + k));
-    const float most = reduce_maximum(top), now = most > largest[r] ? most : largest[r];
-    factors[r] = largest[r] - now;
-    largest[r] = now;
-  }
-  for (int r = 0; r < TILE_STEP; r += LANES) store(factors + r, exponential2(load(factors + r)));
-  for (int r = 0; r < TILE_STEP; ++r) {
-    floats total = load(totals + r * LANES) * broadcast(factors[r]);
-    for (int k = 0; k < columns; k += LANES) {
-      const floats weight = exponential2(load(scores + r * TILE + k) - broadcast(largest[r]));
-      store(scores + r * TILE + k, weight);
-      total += weight;
-    }
-    store(totals + r * LANES, total);
-  }
-}
 
 }  // namespace tw

@@ -23,9 +23,28 @@ TW_INLINE floats exponential(floats x) {
   return (floats)((ints)(p * power) & (x >= -87.3f));
 }
 
-// 2^x for x <= 0, within 3 units in the last place; 0 below -126.5. NaN stays NaN.
-// x + 1.5 * 2^23 rounds x to an integer and leaves it in the low bits: with 127 more, they are the exponent's.
+// 2^x for x <= 16, within 3 units in the last place (COARSE: within 2^-18 of it). NaN stays NaN.
+// 0 below -100 or, elsewhere than with AVX-512, -126.5: that instruction is slow where its result is denormal.
+template <bool COARSE = false>
 TW_INLINE floats exponential2(floats x) {
+#if defined(TW_AVX512)  // 2^floor(x) and x - floor(x) are an instruction each
+  const floats r = (floats)_mm512_reduce_ps((__m512)x, 0x9);
+  floats p = broadcast(COARSE ? 0.013534178957343102f : 0.0018775780918076634f);
+  if constexpr (COARSE) {
+    p = multiply_add(p, r, broadcast(0.05201149359345436f));
+    p = multiply_add(p, r, broadcast(0.2414426952600479f));
+    p = multiply_add(p, r, broadcast(0.6930038332939148f));
+  } else {
+    p = multiply_add(p, r, broadcast(0.008989342488348484f));
+    p = multiply_add(p, r, broadcast(0.05582631006836891f));
+    p = multiply_add(p, r, broadcast(0.24015362560749054f));
+    p = multiply_add(p, r, broadcast(0.6931530833244324f));
+  }
+  p = multiply_add(p, r, broadcast(1.0f));
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
+  return (floats)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)x);
+#else
+  // x + 1.5 * 2^23 rounds x to an integer and leaves it in the low bits: with 127 more, they are the exponent's.
   const floats shift = broadcast(12582912.0f + 127.0f);
   const floats held = maximum(broadcast(-127.0f), x);  // the operands' order lets NaN through
   const floats shifted = held + shift;
@@ -37,6 +56,7 @@ TW_INLINE floats exponential2(floats x) {
   p = multiply_add(p, r, broadcast(0.6931469440460205f));
   p = multiply_add(p, r, broadcast(1.0f));
   return p * (floats)((ints)shifted << 23);
+#endif
 }
 
 TW_INLINE floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -42,13 +42,14 @@ TW_INLINE floats cross_lanes(floats a, floats b) {
 #endif
   return swap_lanes<STEP>(mix_lanes<STEP>(b, a));
 }
-template <int STEP>
-TW_INLINE void fold_add(floats* v) {
+// Lane i of v[0] becomes the operation over all lanes of v[i].
+template <int STEP, class Operation>
+TW_INLINE void fold_lanes(floats* v, Operation&& operation) {
   unrolled<STEP>([&](auto i) TW_INLINE_LAMBDA {
     constexpr int I = decltype(i)::value;
-    v[I] = mix_lanes<STEP>(v[I], v[I + STEP]) + cross_lanes<STEP>(v[I], v[I + STEP]);
+    v[I] = operation(mix_lanes<STEP>(v[I], v[I + STEP]), cross_lanes<STEP>(v[I], v[I + STEP]));
   });
-  if constexpr (STEP > 1) fold_add<STEP / 2>(v);
+  if constexpr (STEP > 1) fold_lanes<STEP / 2>(v, operation);
 }
 template <int STEP>
 TW_INLINE void exchange_lanes(floats* v) {
@@ -74,7 +75,7 @@ TW_INLINE floats swap_lanes(floats v) {
 // Lane i of the result is the sum of v[i]'s lanes. `v` is destroyed.
 TW_INLINE floats sums_of(floats* v) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
-  fold_add<LANES / 2>(v);
+  fold_lanes<LANES / 2>(v, [](floats a, floats b) TW_INLINE_LAMBDA { return a + b; });
   return v[0];
 #elif defined(__SSE3__)
   const __m128 low = _mm_hadd_ps((__m128)v[0], (__m128)v[1]), high = _mm_hadd_ps((__m128)v[2], (__m128)v[3]);
@@ -89,6 +90,29 @@ TW_INLINE floats sums_of(floats* v) {
 #endif
 }
 
+TW_INLINE ints sums_of(ints* v) {
+#if defined(TW_AVX512) || defined(TW_AVX2)
+  fold_lanes<LANES / 2>((floats*)v, [](floats a, floats b) TW_INLINE_LAMBDA { return (floats)((ints)a + (ints)b); });
+  return v[0];
+#else
+  ints sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = reduce_add(v[i]);
+  return sums;
+#endif
+}
+
+// Lane i of the result is the largest of v[i]'s lanes. `v` is destroyed.
+TW_INLINE floats largest_of(floats* v) {
+#if defined(TW_AVX512) || defined(TW_AVX2)
+  fold_lanes<LANES / 2>(v, [](floats a, floats b) TW_INLINE_LAMBDA { return maximum(a, b); });
+  return v[0];
+#else
+  floats largest;
+  for (int i = 0; i < LANES; ++i) largest[i] = reduce_maximum(v[i]);
+  return largest;
+#endif
+}
+
 // Lane i of v[j] and lane j of v[i] change places.
 TW_INLINE void transpose(floats* v) {
 #if defined(TW_AVX512) || defined(TW_AVX2)
@@ -100,6 +124,19 @@ TW_INLINE void transpose(floats* v) {
       v[i][j] = v[j][i];
       v[j][i] = kept;
     }
+#endif
+}
+
+// Whether any lane of a comparison holds.
+TW_INLINE bool any(ints mask) {
+#if defined(TW_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(TW_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t lanes = 0;
+  for (int i = 0; i < LANES; ++i) lanes |= mask[i];
+  return lanes != 0;
 #endif
 }
 
