@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tensorwright.errors import IncompatibleEngineError
 from tensorwright.kernels.cpu.linear import Linear
 from tensorwright.kernels.cpu.targets import check_target, resolve_target
-from tensorwright.kernels.interface import Target, Tensor
+from tensorwright.kernels.interface import Tactic, Target, Tensor
 from tensorwright.program.program import Buffer, Op, Program, Weight
 from tensorwright.testing.single_ops import Case, SingleOps
 
@@ -155,6 +155,28 @@ def test_many_rows_give_the_bits_of_single_rows(ops: SingleOps) -> None:
         for row in range(0, len(together), 3):
             alone = ops.run(index, [np.ascontiguousarray(array[row:row + 1]) for array in inputs], setting.outputs)
             np.testing.assert_array_equal(alone[0], together[row])
+
+
+class NthTactic(Linear):
+    """The linear kernel with one of its tactics only."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
+        return (super().tactics(op, program, target)[self.number],)
+
+
+def test_tactics_give_the_same_bits(target: Target) -> None:
+    setting = SETTINGS[0]
+    case = linear_case(setting, np.random.default_rng(1))
+    number = len(Linear().tactics(case.op, case.program, target))
+    ops = SingleOps([replace(case, kernel=NthTactic(i)) for i in range(number)], target, workers=2)
+    inputs = random_inputs(setting, 300, np.random.default_rng(6))
+    results = [ops.run(i, inputs, setting.outputs) for i in range(number)]
+    assert number > 1
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 def test_result_may_lie_in_the_residual(ops: SingleOps) -> None:

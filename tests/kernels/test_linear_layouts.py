@@ -106,3 +106,13 @@ def test_cost_is_the_bytes_that_are_stored() -> None:
     cost = Linear().cost(op, program, 1, 0)
     assert cost.bytes == 8192 * 2048 * 4.125 / 8 + 4 * (8192 + 2048)
     assert cost.operations == 2 * 8192 * 2048
+
+
+@pytest.mark.parametrize(("name", "number"), [("native", None), ("x86-64-v3", 2), ("x86-64-v4", 2)])
+def test_tactics_share_a_layout_and_differ_in_code(name: str, number: int | None) -> None:
+    program, op = linear_program(Weight("w", (64, 256), "int4", 128, "float16"), {"activation_group": 128})
+    tactics = Linear().tactics(op, program, resolve_target(name))
+    assert number in (None, len(tactics))
+    assert tactics[0].parameters == {}
+    assert {tactic.layout for tactic in tactics} == {layouts.DOT}
+    assert len({Linear().source(op, program, tactic).function for tactic in tactics}) == len(tactics) <= 4

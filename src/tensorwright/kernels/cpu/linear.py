@@ -21,6 +21,7 @@ from tensorwright.program.reference import dequantize, run_op
 NATIVE_TYPES = {"float32": "float", "float16": "tw::half", "bfloat16": "tw::bfloat16"}
 GROUP_SIZES = (-1, 32, 64, 128)
 CACHE_LINE = 64
+ROW_KIB, LARGE_ROW_KIB = 528, 2112  # of a block of rows, as int8: half the second-level cache of Zen 5, and more
 
 
 class Linear:
@@ -43,8 +44,17 @@ class Linear:
         return weight.shape[1] % max(weight.group_size, 1) == 0 and _group(op) in (0, own_group)
 
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
-        """One: the layout follows from the attribute, the tiles from the target's registers."""
-        return (Tactic(layouts.DOT if _group(op) > 0 else layouts.INPUT),)
+        """The layout follows from the attribute. Integer products can cut many rows in other ways, with the same bits:
+        larger blocks, whose rows stay in the third-level cache, and with AVX-512 VNNI tiles of four rows, not three.
+        """
+        if _group(op) == 0:
+            return (Tactic(layouts.INPUT),)
+        blocks = {"cached_row_kib": LARGE_ROW_KIB}
+        tiles = {"tile_rows": 4}
+        ways: tuple[dict[str, int], ...] = ({}, blocks)
+        if "avx512_vnni" in target.features:
+            ways += (tiles, tiles | blocks)
+        return tuple(Tactic(layouts.DOT, parameters) for parameters in ways)
 
     def pack(self, op: Op, program: Program, role: str, tensor: Tensor, tactic: Tactic) -> Array:
         """The weight in the tactic's layout; bias and norm as float32."""
@@ -64,6 +74,9 @@ class Linear:
         epsilon = int(np.float32(_attribute(op, "norm_epsilon")).view(np.uint32)) if "norm" in op.weights else 0
         form = f"tw::linear_input<{inputs}, {_flag('norm' in op.weights)}, tw::activation::{gate}, {epsilon:#x}u>"
         flags = f"{_flag('bias' in op.weights)}, {_flag(len(op.inputs) > 1)}"
+        if tactic.parameters:
+            tile_rows = tactic.parameters.get("tile_rows", "tw::CACHED_TILE_ROWS")
+            flags += f", {tile_rows}, {tactic.parameters.get('cached_row_kib', ROW_KIB)}"
         return Source(("linear.h",), f"tw::linear<{_native_weights(weight, tactic)}, {form}, {outputs}, {flags}>::run")
 
     def scratch_bytes(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> int:

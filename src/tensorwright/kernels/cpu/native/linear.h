@@ -10,13 +10,13 @@
 
 namespace tw {
 
-// Calls tile<ROWS> on runs of rows that fit the registers; none is left with few rows for want of a better cut.
+// Calls tile<ROWS> on runs of at most `most` rows; none is left with few rows for want of a better cut.
 template <class Weights>
 TW_INLINE void tiles(const uint8_t* panel, int k, int first, int last, const typename Weights::rows_type& rows,
-                     int64_t num_rows, float* sums) {
+                     int64_t num_rows, int most, float* sums) {
   for (int64_t row = 0; row < num_rows;) {
     int64_t left = num_rows - row;
-    int64_t count = left <= MAX_TILE_ROWS ? left : left < 2 * MAX_TILE_ROWS ? left - left / 2 : MAX_TILE_ROWS;
+    int64_t count = left <= most ? left : left < 2 * most ? left - left / 2 : most;
     auto run = [&](auto constant) TW_INLINE_LAMBDA {
       Weights::template tile<constant.value>(panel, k, first, last, rows.from_row(row), sums + row * PANEL, row == 0);
     };
@@ -31,17 +31,40 @@ TW_INLINE void tiles(const uint8_t* panel, int k, int first, int last, const typ
   }
 }
 
-template <class Weights, class Input, int N, bool HAS_BIAS, bool HAS_RESIDUAL>
+// Whole vectors to memory that is not read soon: past the caches, where a plain store would first fetch the line.
+TW_INLINE void stream(float* to, floats vector) {
+#if defined(TW_AVX512)
+  _mm512_stream_ps(to, (__m512)vector);
+#elif defined(TW_AVX2)
+  _mm256_stream_ps(to, (__m256)vector);
+#else
+  store(to, vector);
+#endif
+}
+// Makes what was streamed visible to whoever meets this worker at a barrier.
+TW_INLINE void end_stream() {
+#if defined(TW_AVX512) || defined(TW_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// TILE_ROWS: of tiles whose weights lie in the first-level cache. CACHED_ROW_KIB: the x' of a block of rows, which
+// should stay in the second-level cache. Neither changes a bit of y.
+template <class Weights, class Input, int N, bool HAS_BIAS, bool HAS_RESIDUAL, int TILE_ROWS = CACHED_TILE_ROWS,
+          int CACHED_ROW_KIB = 528>
 struct linear {
+  static_assert(TILE_ROWS > 1 && TILE_ROWS <= MAX_TILE_ROWS);
   static constexpr int K = Input::SIZE;
   static constexpr int PANELS = (N + PANEL - 1) / PANEL;
   static constexpr int FEW_ROWS = 32;         // up to here the weights' bytes are what costs
-  static constexpr int MAX_BLOCK_ROWS = 256;  // 64 KB of sums
-  static constexpr int64_t CACHED_ROW_BYTES = 512 << 10;
+  static constexpr int ROW_GRAIN = 12;        // whole tiles of 2, 3 and 4 rows
+  static constexpr int MAX_BLOCK_ROWS = 264;  // 66 KB of sums
   static constexpr int64_t CACHED_WEIGHT_BYTES = 34 << 10;
 
+  static constexpr bool CAN_STREAM = N % LANES == 0 && !HAS_RESIDUAL;  // a residual's lines are at hand
+
   static constexpr int64_t block_rows() {
-    int64_t rows = CACHED_ROW_BYTES / (K * Weights::ROW_BYTES_PER_INPUT) / MAX_TILE_ROWS * MAX_TILE_ROWS;
+    int64_t rows = CACHED_ROW_KIB * (int64_t)1024 / (K * Weights::ROW_BYTES_PER_INPUT) / ROW_GRAIN * ROW_GRAIN;
     return rows < FEW_ROWS ? FEW_ROWS : rows > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : rows;
   }
   static constexpr int chunk_blocks() {
@@ -60,19 +83,31 @@ struct linear {
     int64_t most_rows = block_rows();
     if (PANELS < worker->size && rows < most_rows * worker->size) most_rows = (rows + worker->size - 1) / worker->size;
     const int64_t row_blocks = most_rows ? (rows + most_rows - 1) / most_rows : 0;
-    int64_t begin, end;
-    share(PANELS * row_blocks, 1, worker, &begin, &end);
-    for (int64_t task = begin; task < end; task++) {
+    const bool is_streaming = CAN_STREAM && rows > FEW_ROWS && (uintptr_t)y % 64 == 0;
+    for_each_task(PANELS * row_blocks, rows > FEW_ROWS, worker, [&](int64_t task) {
       int64_t first_row = task / PANELS * most_rows;
       int64_t num_rows = rows - first_row < most_rows ? rows - first_row : most_rows;
       panel_task(step, (int)(task % PANELS), prepared.from_row(first_row), num_rows,
-                 HAS_RESIDUAL ? residual + first_row * N : nullptr, y + first_row * N);
-    }
+                 HAS_RESIDUAL ? residual + first_row * N : nullptr, y + first_row * N, is_streaming);
+    });
+    if (is_streaming) end_stream();
+  }
+
+  // Few rows: neighbouring panels for each worker, one stream of weights. Many: whoever is free takes the next panel,
+  // so that a worker whose core is lost for a while holds the others up by one panel at most.
+  template <class Body>
+  static void for_each_task(int64_t count, bool is_taken, const tw_worker* worker, Body&& body) {
+    int64_t begin, end;
+    share(count, 1, worker, &begin, &end);
+    if (is_taken)
+      for (int64_t task; (task = tw_take(worker)) < count;) body(task);
+    else
+      for (int64_t task = begin; task < end; task++) body(task);
   }
 
   // Some rows times one panel, into y.
   static void panel_task(const tw_step* step, int number, const typename Weights::rows_type& rows, int64_t num_rows,
-                         const float* residual, float* y) {
+                         const float* residual, float* y, bool is_streaming) {
     alignas(64) float sums[MAX_BLOCK_ROWS * PANEL];
     const uint8_t* panel = (const uint8_t*)step->weights[0] + number * Weights::panel_bytes(K);
     if (num_rows == 1 && PANEL == TILE_COLUMNS) {
@@ -80,24 +115,27 @@ struct linear {
     } else {
       const int chunk = num_rows <= FEW_ROWS ? 1 : chunk_blocks(), blocks = Weights::num_blocks(K);
       for (int first = 0; first < blocks; first += chunk)
-        tiles<Weights>(panel, K, first, first + chunk < blocks ? first + chunk : blocks, rows, num_rows, sums);
+        tiles<Weights>(panel, K, first, first + chunk < blocks ? first + chunk : blocks, rows, num_rows,
+                       num_rows <= FEW_ROWS ? MAX_TILE_ROWS : TILE_ROWS, sums);
     }
     const float* bias = HAS_BIAS ? (const float*)step->weights[1] + number * PANEL : nullptr;
     const int columns = N - number * PANEL < PANEL ? N - number * PANEL : PANEL;
     for (int64_t row = 0; row < num_rows; row++)
-      finish_row(panel, sums + row * PANEL, columns, bias,
-                 HAS_RESIDUAL ? residual + row * N + number * PANEL : nullptr, y + row * N + number * PANEL);
+      finish_row(panel, sums + row * PANEL, columns, bias, HAS_RESIDUAL ? residual + row * N + number * PANEL : nullptr,
+                 y + row * N + number * PANEL, is_streaming);
   }
 
   static TW_INLINE_LAMBDA inline void finish_row(const uint8_t* panel, const float* sums, int columns,
-                                                 const float* bias, const float* residual, float* y) {
+                                                 const float* bias, const float* residual, float* y,
+                                                 bool is_streaming) {
     for (int column = 0; column < columns; column += LANES) {
       int count = columns - column < LANES ? columns - column : LANES;
       floats value = load(sums + column);
       if constexpr (Weights::SCALES_OUTPUTS) value *= Weights::output_scale(panel, K, column);
       if constexpr (HAS_BIAS) value += load(bias + column, count);
       if constexpr (HAS_RESIDUAL) value += load(residual + column, count);
-      store(y + column, value, count);
+      if (CAN_STREAM && is_streaming) stream(y + column, value);
+      else store(y + column, value, count);
     }
   }
 };

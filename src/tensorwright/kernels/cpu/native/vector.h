@@ -191,18 +191,26 @@ TW_INLINE float reduce_maximum(floats a) {
 }
 TW_INLINE ints maximum(ints a, ints b) { return a > b ? a : b; }
 TW_INLINE int32_t reduce_maximum(ints a) {
+#if defined(TW_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)a);
+#else
   int32_t lanes[LANES];
   memcpy(lanes, &a, sizeof(a));
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
+#endif
 }
 TW_INLINE int32_t reduce_add(ints a) {
+#if defined(TW_AVX512)
+  return _mm512_reduce_add_epi32((__m512i)a);
+#else
   int32_t lanes[LANES];
   memcpy(lanes, &a, sizeof(a));
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 TW_INLINE ints lane_numbers() {
