@@ -59,7 +59,7 @@ def run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def build(folder: Path, *words: object, **more: int) -> subprocess.CompletedProcess[str]:
-    return tensorwright("build", "--checkpoint_dir", folder / "checkpoint", *LIMITS, *words, **more)
+    return tensorwright("build", "--no_tune", "--checkpoint_dir", folder / "checkpoint", *LIMITS, *words, **more)
 
 
 def change(path: Path, old: str, new: str) -> None:
@@ -123,7 +123,7 @@ def test_building_again_mends_flipped_bits(folder: Path, section: str) -> None:
 
 def test_rebuilding_kernels_gives_damaged_weights_no_new_checksums(folder: Path) -> None:
     flip_a_bit(folder / "engine" / "rank0.engine", "weights/lm_head.weight")
-    result = tensorwright("build", "--rebuild_kernels", folder / "engine", "--output_dir", folder / "new")
+    result = tensorwright("build", "--no_tune", "--rebuild_kernels", folder / "engine", "--output_dir", folder / "new")
     refused(result, 1, "1 damaged: weights/lm_head.weight")
     assert not (folder / "new").exists()
 

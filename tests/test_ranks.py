@@ -31,7 +31,7 @@ def engine(folder: Path, model: Path, ranks: int) -> Path:
     converted = command("examples/llama/convert_checkpoint.py", "--model_dir", model, "--output_dir", checkpoint,
                         "--dtype", "float32", "--tp_size", ranks)
     assert converted.returncode == 0, converted.stderr
-    built = command("-m", "tensorwright", "build", "--checkpoint_dir", checkpoint, "--output_dir", out,
+    built = command("-m", "tensorwright", "build", "--no_tune", "--checkpoint_dir", checkpoint, "--output_dir", out,
                     "--max_seq_len", 64, "--max_batch_size", 4, "--workers", 2)
     assert built.returncode == 0, built.stderr
     return out

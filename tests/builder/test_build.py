@@ -49,7 +49,7 @@ def engine_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def options(checkpoint: Path, folder: Path, **more: object) -> BuildOptions:
-    values = {"max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, **more}
+    values = {"max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True, **more}
     return BuildOptions(checkpoint_dir=checkpoint, output_dir=folder, **values)  # type: ignore[arg-type]
 
 
@@ -84,7 +84,7 @@ def test_rebuilding_kernels_keeps_exactness(checkpoint: Path, engine_dir: Path, 
         build(BuildOptions(rebuild_kernels=engine_dir, output_dir=tmp_path / "f", exact=True), quiet)
     build(options(checkpoint, tmp_path / "e", exact=True), quiet)
     before = Engine.open(tmp_path / "e").program
-    build(BuildOptions(rebuild_kernels=tmp_path / "e", output_dir=tmp_path / "e"), quiet)
+    build(BuildOptions(rebuild_kernels=tmp_path / "e", output_dir=tmp_path / "e", no_tune=True), quiet)
     assert Engine.open(tmp_path / "e").program == before
     assert Engine.open(tmp_path / "e").config["build_config"]["exact"] is True
 
@@ -105,7 +105,7 @@ def test_the_folder_holds_what_other_tools_read(engine_dir: Path) -> None:
 
 def test_rebuilt_kernels_keep_the_weights(engine_dir: Path, tmp_path: Path) -> None:
     """Another target repacks from layout ids; unpacking both engines gives the same codes and scales."""
-    build(BuildOptions(rebuild_kernels=engine_dir, output_dir=tmp_path, target="portable"), quiet)
+    build(BuildOptions(rebuild_kernels=engine_dir, output_dir=tmp_path, target="portable", no_tune=True), quiet)
     before, after = Engine.open(engine_dir), Engine.open(tmp_path)
     assert after.target == "portable"
     sources = [EngineSource(engine.reader, engine.manifest) for engine in (before, after)]
@@ -118,7 +118,7 @@ def test_rebuilt_kernels_keep_the_weights(engine_dir: Path, tmp_path: Path) -> N
 
 def test_a_rebuild_in_place_that_was_stopped_can_be_run_again(engine_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(engine_dir, tmp_path, dirs_exist_ok=True)
-    rebuilt = BuildOptions(rebuild_kernels=tmp_path, output_dir=tmp_path)
+    rebuilt = BuildOptions(rebuild_kernels=tmp_path, output_dir=tmp_path, no_tune=True)
     build(rebuilt, quiet)
     key = Engine.open(tmp_path).metadata["build_key"]
     (tmp_path / "config.json").write_bytes((engine_dir / "config.json").read_bytes())  # as if stopped just before
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> 
         "import os, resource, signal, sys; from pathlib import Path\n"
         "from tensorwright.builder.build import build; from tensorwright.builder.options import BuildOptions\n"
         "def run(folder): build(BuildOptions(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(folder), "
-        "max_seq_len=64, tokens_per_block=16), lambda size, what: None)\n"
+        "max_seq_len=64, tokens_per_block=16, no_tune=True), lambda size, what: None)\n"
         "run(sys.argv[3])\n"  # so that the kernels are compiled already
         "os.utime(sys.argv[1] + '/rank0.safetensors')\n"  # and the engine is not reused
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

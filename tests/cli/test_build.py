@@ -77,6 +77,10 @@ def test_the_guides_line(dashes: bool, capsys: pytest.CaptureFixture[str]) -> No
     ("--opt_num_tokens 8", {"opt_num_tokens": 8}),
     ("--exact", {"exact": True}),
     ("--exact disable", {}),
+    ("--no_tune", {"no_tune": True}),
+    ("--input_timing_cache a --output_timing_cache b", {"input_timing_cache": Path("a"),
+                                                        "output_timing_cache": Path("b")}),
+    ("--timing_cache a", {"input_timing_cache": Path("a"), "output_timing_cache": Path("a")}),
     ("--target x86-64-v3 --dry_run", {"target": "x86-64-v3", "dry_run": True}),
     ("--lora_plugin disable --max_draft_len 0 --streamingllm disable --auto_parallel 1", {}),
     ("--max_prompt_embedding_table_size 0 --speculative_decoding_mode none", {})])
@@ -88,7 +92,7 @@ def test_spellings_that_mean_something(line: str, expected: dict[str, Any]) -> N
     "--use_fused_mlp enable", "--use_fused_mlp disable", "--gemm_plugin", "--gemm_plugin auto", "--nccl_plugin disable",
     "--strongly_typed", "--builder_opt 3", "--tp_size 2", "--weight_only_precision int4", "--multi_block_mode",
     "--use_custom_all_reduce disable", "--multiple_profiles enable", "--reduce_fusion enable", "--fast_build",
-    "--enable_context_fmha_fp32_acc", "--use_context_fmha_for_generation", "--output_timing_cache model.cache",
+    "--enable_context_fmha_fp32_acc", "--use_context_fmha_for_generation", "--profile_cache model.cache",
     "--lora_target_modules attn_q attn_k", "--max_lora_rank 64", "--gpus_per_node 8", "--cluster_key L40",
     "--weight_streaming", "--visualize_network", "--monitor_memory", "--moe_plugin auto",
     "--bert_attention_plugin auto",
@@ -119,6 +123,7 @@ def test_what_is_refused_exits_2(line: str, capsys: pytest.CaptureFixture[str]) 
     ("--kv_cache_type paged --paged_kv_cache disable", "contradicts"),
     ("--kv_cache_type disabled", "disabled is not supported"),
     ("--max_input_len 100 --max_output_len 28 --max_seq_len 200", "which makes it 128"),
+    ("--timing_cache a --output_timing_cache b", "contradicts --output_timing_cache b"),
     ("--rebuild_kernels E", "exclude each other")])
 def test_contradictions(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -79,7 +79,7 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "there is nothing at" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--program", "--verify"])
+@pytest.mark.parametrize("flag", ["--program", "--tactics", "--verify"])
 def test_a_model_has_no_program_and_no_checksums(flag: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(model), flag]) == 2
     assert "only engines hold" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from tensorwright.builder.rank import EngineFacts, build_rank
 from tensorwright.builder.rebuild import rebuild_kernels
 from tensorwright.builder.report import BuildReport, engine_config, report_on
 from tensorwright.builder.reuse import build_key, remember, reuse
+from tensorwright.builder.tune import CacheFiles, Tuning, can_measure, tune
 from tensorwright.checkpoint.config import CheckpointConfig, to_json
 from tensorwright.checkpoint.reader import Checkpoint
 from tensorwright.engine.config import write_config
 from tensorwright.engine.limits import Limits
 from tensorwright.errors import BuildError, UsageError
+from tensorwright.kernels.cpu.processors import processor_name
 from tensorwright.kernels.cpu.registry import KERNELS
 from tensorwright.kernels.cpu.targets import resolve_target
 from tensorwright.kernels.interface import Target
@@ -52,6 +54,7 @@ class _Job:
     exact: bool
     key: str
     rank: int
+    tuning: Tuning = Tuning()
 
 
 def build(options: BuildOptions, report: Report) -> BuildReport:
@@ -74,13 +77,16 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     key = build_key(_facts(options, target), options.checkpoint_dir)
     jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
                  options.tokens_per_block, options.exact, key, rank) for rank in range(config.tp_size)]
+    measure = not options.no_tune and can_measure(target)
     with engine_folder(options.output_dir):
-        missing = [job for job in jobs if not reuse(key, job.rank, job.output)]
+        missing = [job for job in jobs if not reuse(key, job.rank, job.output, tuned=measure)]
         _check_space(missing)
-        _build_ranks(missing, options.workers, report)
+        tuning = tune((_program(job) for job in missing), target, KERNELS, measure=measure,
+                      files=CacheFiles(options.input_timing_cache, options.output_timing_cache), report=report)
+        _build_ranks([replace(job, tuning=tuning) for job in missing], options.workers, report)
         copy_tokenizer(options.checkpoint_dir, options.output_dir)
         write_config(options.output_dir, engine_config(options, limits, to_json(config), key))
-    return report_on(options.output_dir, limits, notes, time.monotonic() - begin, reused=not missing)
+    return report_on(options.output_dir, limits, [*notes, *tuning.notes], time.monotonic() - begin, reused=not missing)
 
 
 def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False) -> Program:
@@ -111,11 +117,16 @@ def _run(job: _Job, report: Report) -> int:
         rank=job.rank, world_size=job.config.tp_size, build_key=job.key, vocab_size=job.config.model.vocab_size,
         end_ids=job.config.end_ids, tokens_per_block=job.tokens_per_block, model=asdict(job.config.model),
         builder=tensorwright.__version__)
-    program = program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact)
+    program = _program(job)
     check_names(checkpoint, job.rank, program, program_of(job.config, job.tokens_per_block))
-    size = build_rank(program, job.target, facts, CheckpointSource(checkpoint, job.rank), job.output, report)
+    source = CheckpointSource(checkpoint, job.rank)
+    size = build_rank(program, job.target, facts, source, job.output, report, job.tuning)
     remember(job.key, job.rank, job.output)
     return size
+
+
+def _program(job: _Job) -> Program:
+    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact)
 
 
 def _run_quietly(job: _Job) -> int:
@@ -124,7 +135,7 @@ def _run_quietly(job: _Job) -> int:
 
 def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
     return {"version": tensorwright.__version__, "target": asdict(target), "compiler": os.environ.get("CXX", ""),
-            "tokens_per_block": options.tokens_per_block, "exact": options.exact}
+            "processor": processor_name(), "tokens_per_block": options.tokens_per_block, "exact": options.exact}
 
 
 def _check_space(jobs: list[_Job]) -> None:

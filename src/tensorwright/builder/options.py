@@ -25,6 +25,11 @@ class BuildOptions:
     rebuild_kernels: Path | None = _option(
         None, "an engine folder whose kernels are compiled again, without its checkpoint")
 
+    no_tune: bool = _option(False, "measure nothing: kernels' tactics by known times and rules")
+    input_timing_cache: Path | None = _option(
+        None, "file with times measured earlier, here or on the target machine (default: in the cache folder)")
+    output_timing_cache: Path | None = _option(None, "file to add this build's times to (default: in the cache folder)")
+
     max_batch_size: int = _option(64, "sequences in one step")
     max_seq_len: int | None = _option(
         None, "prompt and new tokens of one sequence (default: what the model was made for)", "--max_decoder_seq_len")
@@ -32,7 +37,7 @@ class BuildOptions:
                                               "(default: one less than max_seq_len)")
     max_num_tokens: int | None = _option(
         None, "tokens in one step; longer prompts go in chunks (default: 2048, or less where limits are lower)")
-    opt_num_tokens: int | None = _option(None, "tokens in a step that kernels are chosen for "
+    opt_num_tokens: int | None = _option(None, "kept in config.json; tactics are chosen for every size of step "
                                                "(default: batch x beams, at most max_num_tokens)")
     max_beam_width: int = _option(1, "beams of one request")
     tokens_per_block: int = _option(64, "tokens in one block of the KV cache: a power of two, 8 or more")

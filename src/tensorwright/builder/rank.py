@@ -12,6 +12,8 @@ from typing import Any
 from tensorwright.builder.memory import plan_memory
 from tensorwright.builder.pack import WeightSource, packed_weights
 from tensorwright.builder.plan import Plan, choose
+from tensorwright.builder.tune import Tuning
+from tensorwright.builder.tuning_facts import tuning_facts
 from tensorwright.engine.format import FORMAT_VERSION, KERNELS, MANIFEST, Writer
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source
@@ -38,9 +40,9 @@ class EngineFacts:
 
 
 def build_rank(program: Program, target: Target, facts: EngineFacts, source: WeightSource, output: Path,
-               report: Report) -> int:
+               report: Report, tuning: Tuning | None = None) -> int:
     """Write the engine file of a program that went through all passes. Gives its size in bytes."""
-    plan = choose(program, target, CPU_KERNELS)
+    plan = choose(program, target, CPU_KERNELS, tuning)
     report(0, "compiling kernels")
     try:
         shared = compile_shared(engine_source(plan.sources), target)
@@ -53,7 +55,7 @@ def build_rank(program: Program, target: Target, facts: EngineFacts, source: Wei
             writer.add(KERNELS, shared)
             manifest = json.dumps(_manifest(plan, facts, table, required_glibc(shared))).encode()
             writer.add(MANIFEST, manifest)
-            return writer.finish(_metadata(facts, target, {KERNELS: shared, MANIFEST: manifest}))
+            return writer.finish(_metadata(facts, plan, {KERNELS: shared, MANIFEST: manifest}))
     except OSError as error:
         raise BuildError(f"{output} could not be written: {error.strerror}; nothing of it was left behind",
                          mend="give another --output_dir, or make room") from error
@@ -76,19 +78,22 @@ def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]], gli
         **asdict(facts),
         "program": to_json(plan.program),
         "steps": [{"op": c.op.name, "kernel": c.kernel.name, "layout": c.tactic.layout,
-                   "parameters": dict(c.tactic.parameters), "symbol": c.symbol} for c in plan.choices],
+                   "parameters": dict(c.tactic.parameters), "symbol": c.symbol,
+                   "few_rows": [asdict(variant) for variant in c.few_rows]} for c in plan.choices],
+        "tuning": tuning_facts(plan),
         "memory": {"slots": [[slot.rows, slot.columns] for slot in memory.slots], "slot_of": memory.slot_of},
         "weights": weights,
         "kernels": {"glibc": glibc, "flags": list(plan.target.flags)},
     }
 
 
-def _metadata(facts: EngineFacts, target: Target, checked: Mapping[str, bytes]) -> dict[str, str]:
+def _metadata(facts: EngineFacts, plan: Plan, checked: Mapping[str, bytes]) -> dict[str, str]:
     """Section hashes are over the padded bytes, as a reader sees them."""
-    hashes = {}
+    hashes, target = {}, plan.target
     for name, content in checked.items():
         padded = content + b"\0" * (-len(content) % 4096)
         hashes[f"{name}.sha256"] = hashlib.sha256(padded).hexdigest()
     return {"format": "tensorwright-engine", "format_version": str(FORMAT_VERSION), "builder": facts.builder,
             "target": target.name, "architecture": target.architecture, "features": " ".join(target.features),
-            "rank": str(facts.rank), "world_size": str(facts.world_size), "build_key": facts.build_key, **hashes}
+            "rank": str(facts.rank), "world_size": str(facts.world_size), "build_key": facts.build_key,
+            "tuned": "yes" if plan.is_tuned else "no", **hashes}

@@ -18,6 +18,7 @@ from tensorwright.builder.folder import copy_tokenizer, engine_folder
 from tensorwright.builder.options import BuildOptions
 from tensorwright.builder.rank import EngineFacts, build_rank
 from tensorwright.builder.report import BuildReport, report_on
+from tensorwright.builder.tune import CacheFiles, can_measure, tune
 from tensorwright.engine.config import limits_of, read_config, write_config
 from tensorwright.engine.engine import check_format, read_manifest, verify
 from tensorwright.engine.format import Reader
@@ -63,18 +64,21 @@ def rebuild_kernels(options: BuildOptions, report: Report) -> BuildReport:
     origin = _origin(config)
     key = f"rebuilt {target.name} {' '.join(target.features)} by {tensorwright.__version__} from {origin}"
     readers = _readers(source_dir, origin)
+    manifests = [read_manifest(reader) for reader in readers]
+    programs = [from_json(manifest["program"]) for manifest in manifests]
     with engine_folder(output_dir):
-        for rank, reader in enumerate(readers):
-            manifest = read_manifest(reader)
+        tuning = tune(programs, target, KERNELS, measure=not options.no_tune and can_measure(target),
+                      files=CacheFiles(options.input_timing_cache, options.output_timing_cache), report=report)
+        for rank, (reader, manifest, program) in enumerate(zip(readers, manifests, programs, strict=True)):
             names = EngineFacts.__dataclass_fields__
             facts = replace(EngineFacts(**{name: manifest[name] for name in names}), build_key=key,
                             builder=tensorwright.__version__)
-            build_rank(from_json(manifest["program"]), target, facts, EngineSource(reader, manifest),
-                       output_dir / f"rank{rank}.engine", report)
+            build_rank(program, target, facts, EngineSource(reader, manifest), output_dir / f"rank{rank}.engine",
+                       report, tuning)
         copy_tokenizer(source_dir, output_dir)
         write_config(output_dir, {**config, "build_key": key})
-    return report_on(output_dir, limits_of(config), [f"kernels rebuilt for {target.name}"], time.monotonic() - begin,
-                     reused=False)
+    notes = [f"kernels rebuilt for {target.name}", *tuning.notes]
+    return report_on(output_dir, limits_of(config), notes, time.monotonic() - begin, reused=False)
 
 
 def _readers(folder: Path, origin: str) -> list[Reader]:

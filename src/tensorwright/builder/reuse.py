@@ -38,16 +38,19 @@ def build_key(facts: Mapping[str, Any], checkpoint_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def reuse(key: str, rank: int, output: Path) -> bool:
-    """Put an engine file with this key at `output`, if a sound one is known. True when it lies there."""
-    if _is_sound(output, key):
+def reuse(key: str, rank: int, output: Path, *, tuned: bool) -> bool:
+    """Put an engine file with this key at `output`, if a sound one is known. True when it lies there.
+
+    A key says nothing of times: where none are wanted, a tuned file will do; `tuned` asks for one.
+    """
+    if _is_sound(output, key, tuned):
         return True
     record = _record(key, rank)
     try:
         known = Path(json.loads(record.read_text())["path"])
     except (OSError, ValueError, KeyError):
         return False
-    if known == output.resolve() or not _is_sound(known, key):
+    if known == output.resolve() or not _is_sound(known, key, tuned):
         return False
     aside = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
@@ -81,10 +84,12 @@ def _record(key: str, rank: int) -> Path:
     return home / "tensorwright" / "engines" / f"{key[:32]}.rank{rank}.json"
 
 
-def _is_sound(path: Path, key: str) -> bool:
+def _is_sound(path: Path, key: str, tuned: bool) -> bool:
     """Every section is checked, at gigabytes a second: building again is how a damaged engine is mended."""
     try:
         if not path.is_file() or (reader := Reader(path)).metadata.get("build_key") != key:
+            return False
+        if tuned and reader.metadata.get("tuned") != "yes":
             return False
         verify(reader)
     except EngineError:

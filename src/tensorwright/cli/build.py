@@ -41,6 +41,8 @@ def configure(parser: Parser) -> None:
                         help="the older way to say max_seq_len: max_input_len and this together")
     parser.add_argument("--build_config", type=Path, metavar="FILE",
                         help="JSON with limits; they replace those of the command line")
+    parser.add_argument("--timing_cache", type=Path, metavar="FILE",
+                        help="the same FILE for --input_timing_cache and --output_timing_cache")
     parser.add_argument("--log_level", choices=LOG_LEVELS, type=str.lower, default="info", help="error hides notes")
     add_upstream_flags(parser)
 
@@ -79,6 +81,8 @@ def make_options(arguments: argparse.Namespace) -> BuildOptions:
     if arguments.max_output_len is not None:
         chosen["max_seq_len"] = _old_max_seq_len(chosen)
     _check_source(chosen)
+    if arguments.timing_cache is not None:
+        _take_timing_cache(chosen, arguments.timing_cache)
     return from_arguments(BuildOptions, argparse.Namespace(**chosen))
 
 
@@ -113,6 +117,14 @@ def _check_source(chosen: dict[str, Any]) -> None:
         chosen["output_dir"] = engine
 
 
+def _take_timing_cache(chosen: dict[str, Any], file: Path) -> None:
+    for name in ("input_timing_cache", "output_timing_cache"):
+        if chosen[name] not in (None, file):
+            raise UsageError(f"--timing_cache {file} contradicts --{name} {chosen[name]}",
+                             mend="give --input_timing_cache and --output_timing_cache alone")
+        chosen[name] = file
+
+
 def _announce_limits(options: BuildOptions, say: Callable[[str], None]) -> list[str]:
     """Derive the limits once before the work, so that their notes come first; the lines that were said."""
     if options.checkpoint_dir is None:
@@ -140,9 +152,12 @@ def _build(options: BuildOptions) -> BuildReport:
 
 def _print_result(options: BuildOptions, report: BuildReport, total_s: float) -> None:
     from tensorwright.cli.tables import format_bytes, format_clock
+    from tensorwright.cli.tactics import print_tactics
 
     limits = report.limits
     if not options.dry_run:
+        if not report.reused:
+            print_tactics(report.tuning, every_bucket=False)
         _print_memory(report)
     print(f"Longest prompt: {limits.max_input_len} tokens, in chunks of up to {limits.max_num_tokens} per step; "
           f"prompt and new tokens together at most {limits.max_seq_len}.")

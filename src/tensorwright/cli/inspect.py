@@ -32,6 +32,7 @@ def configure(parser: Parser) -> None:
     parser.usage = "%(prog)s PATH [options]"
     parser.add_argument("path", type=Path, metavar="PATH", help="a model, checkpoint or engine folder, or a file")
     parser.add_argument("--program", action="store_true", help="an engine's program, one op a line")
+    parser.add_argument("--tactics", action="store_true", help="an engine's tactics, with their times and limits")
     parser.add_argument("--weights", action="store_true", help="every tensor with dtype, shape and size")
     parser.add_argument("--verify", action="store_true", help="read an engine whole and check every section")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -41,12 +42,17 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the facts, then what was asked for beyond them."""
     facts = describe(arguments.path, weights=arguments.weights)
     program = _program_text(arguments.path, facts) if arguments.program else None
+    tuning = _tuning(arguments.path, facts) if arguments.tactics else None
     if arguments.verify:
         facts["verified"] = _verify(arguments.path, facts)
     if arguments.json:
-        print(json.dumps(facts if program is None else {**facts, "program": program}, indent=2, default=str))
+        asked = {"program": program, "tactics": tuning}
+        print(json.dumps({**facts, **{name: value for name, value in asked.items() if value is not None}}, indent=2,
+                         default=str))
         return 0
     _print(facts)
+    if tuning is not None:
+        _print_tuning(tuning)
     if program is not None:
         print("\nProgram\n" + program, end="")
     return 0
@@ -204,13 +210,32 @@ def _program(manifest: Mapping[str, Any]) -> Program:
 
 
 def _program_text(path: Path, facts: Facts) -> str:
-    from tensorwright.engine.format import Reader
     from tensorwright.program.printer import to_text
 
-    file = path / "rank0.engine" if path.is_dir() else path
+    return to_text(_program(_first_manifest(path, facts, "a program")))
+
+
+def _tuning(path: Path, facts: Facts) -> dict[str, Any]:
+    """`tuning_facts` of the first rank; empty in engines of format 1."""
+    tuning: dict[str, Any] = _first_manifest(path, facts, "tactics").get("tuning", {})
+    return tuning
+
+
+def _first_manifest(path: Path, facts: Facts, what: str) -> dict[str, Any]:
+    from tensorwright.engine.format import Reader
+
     if not facts["kind"].startswith("engine"):
-        raise UsageError(f"{path} is a {facts['kind']}; only engines hold a program", mend="tensorwright build")
-    return to_text(_program(_manifest(Reader(file))))
+        raise UsageError(f"{path} is a {facts['kind']}; only engines hold {what}", mend="tensorwright build")
+    return _manifest(Reader(path / "rank0.engine" if path.is_dir() else path))
+
+
+def _print_tuning(tuning: Mapping[str, Any]) -> None:
+    from tensorwright.cli.tactics import print_tactics
+
+    print()
+    print_tactics(tuning, every_bucket=True)
+    if not tuning.get("groups"):
+        print("Tactics: no op has a choice of them.")
 
 
 def _verify(path: Path, facts: Facts) -> str:

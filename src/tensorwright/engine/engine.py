@@ -21,14 +21,36 @@ from tensorwright.program.program import Program, from_json
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A tactic for steps of up to `max_rows` rows (None: of any number), and its entry point in the shared object."""
+
+    max_rows: int | None
+    parameters: Mapping[str, int]
+    symbol: str
+
+
+@dataclass(frozen=True)
 class Step:
-    """One op of the plan: the kernel that runs it, its tactic, and its entry point in the shared object."""
+    """One op of the plan: the kernel that runs it, the layout of its weights, and its tactic for any number of rows.
+
+    `few_rows`: other tactics, by rising `max_rows`; engines of format 1 have none.
+    """
 
     op: str
     kernel: str
     layout: str
     parameters: Mapping[str, int]
     symbol: str
+    few_rows: tuple[Variant, ...] = ()
+
+    def at(self, rows: int) -> Variant:
+        """The tactic for so many rows."""
+        return next(variant for variant in self.variants if variant.max_rows is None or rows <= variant.max_rows)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All tactics, that for any number of rows last."""
+        return (*self.few_rows, Variant(None, self.parameters, self.symbol))
 
 
 class Engine:
@@ -73,7 +95,8 @@ class Engine:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The plan, one step for each op in order."""
-        return tuple(Step(**step) for step in self.manifest["steps"])
+        return tuple(Step(**{**step, "few_rows": tuple(Variant(**variant) for variant in step.get("few_rows", ()))})
+                     for step in self.manifest["steps"])
 
     def kernels(self) -> bytes:
         """The shared object, after its SHA-256 was checked."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tensorwright.errors import EngineError
 
 PAGE = 4096
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: a step had one tactic for every number of rows
 MANIFEST, KERNELS = "manifest.json", "kernels.so"
 _ZEROS = "0" * 64
 Bytes = NDArray[np.uint8]

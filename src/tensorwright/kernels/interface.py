@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -76,7 +76,7 @@ class Kernel(Protocol):
         """Whether this kernel can run the op on the target."""
 
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
-        """Ways to run it, the heuristic's choice first. All of one op share no state."""
+        """Ways to run it, the heuristic's choice first. Those of one layout give the same bits."""
 
     def pack(self, op: Op, program: Program, role: str, tensor: Tensor, tactic: Tactic) -> Array:
         """A weight's bytes (uint8, one dimension) in the tactic's layout."""
@@ -96,3 +96,11 @@ class Kernel(Protocol):
     def reference(self, op: Op, program: Program, inputs: Mapping[str, Array],
                   weights: Mapping[str, Tensor]) -> dict[str, Array]:
         """The op in NumPy with the kernel's own rounding. Inputs and outputs by the names in `program.ops`."""
+
+
+@runtime_checkable
+class Estimates(Protocol):
+    """What a kernel may offer besides: a model of its tactics, for machines that cannot be measured."""
+
+    def estimate(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> float:
+        """About how long one execution takes, in any unit that is the same for all tactics of the op."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,14 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat1
 
 
 def default_threads() -> int:
-    """One per core that this process may use, shared with the other ranks on this host."""
-    return max(1, usable_cores() // max(1, read_launch(os.environ).local_size))
+    """One per core that this process may use; ranks of this host share the cores that their launcher may use.
+
+    A launcher that binds each rank to cores of its own (a NUMA node's, say) has shared them out already.
+    """
+    num_ranks = read_launch(os.environ).local_size
+    if num_ranks <= 1:
+        return usable_cores()
+    return max(1, min(usable_cores(), usable_cores(os.sched_getaffinity(os.getppid())) // num_ranks))
 
 
 class CpuExecutor:
@@ -81,9 +88,24 @@ class CpuExecutor:
             buffers = addresses([self._address(name) for name in _bound(op)])
             weights = addresses([self._weight(op.weights.get(role.rstrip("?"))) for role in OPS[op.kind].weights])
             self._keep += [buffers, weights]
-            step.kernel = ctypes.cast(self._library[plan.symbol], ctypes.c_void_p)
+            step.kernel = self._entry(plan.symbol)
             step.buffers, step.weights = ctypes.addressof(buffers), ctypes.addressof(weights)
             step.rows = int(self.program.buffers[op.outputs[0]].shape[0] == "outputs")
+        self._edges = sorted({int(variant.max_rows or 0) for plan in self.engine.steps for variant in plan.few_rows})
+        self._steps_of: dict[tuple[int, int], ctypes.Array[Step]] = {}
+
+    def _steps_for(self, num_tokens: int, num_outputs: int) -> ctypes.Array[Step]:
+        """The steps with their tactics for so many rows; made when a step of that size first comes."""
+        size = (bisect_left(self._edges, num_tokens), bisect_left(self._edges, num_outputs))
+        if size not in self._steps_of:
+            steps = type(self._steps).from_buffer_copy(self._steps)
+            for step, plan in zip(steps, self.engine.steps, strict=True):
+                step.kernel = self._entry(plan.at(num_outputs if step.rows else num_tokens).symbol)
+            self._steps_of[size] = steps
+        return self._steps_of[size]
+
+    def _entry(self, symbol: str) -> int | None:
+        return ctypes.cast(self._library[symbol], ctypes.c_void_p).value
 
     def _address(self, name: str) -> int:
         array = self._caches[name] if name in self._caches else self._activations[name]
@@ -95,8 +117,9 @@ class CpuExecutor:
     def _scratch_bytes(self) -> int:
         kernels = {kernel.name: kernel for kernel in KERNELS}
         rows = max(self._max_tokens, self._max_outputs)
-        return max(kernels[step.kernel].scratch_bytes(op, self.program, Tactic(step.layout, step.parameters), rows)
-                   for op, step in zip(self.program.ops, self.engine.steps, strict=True))
+        return max(kernels[step.kernel].scratch_bytes(op, self.program, Tactic(step.layout, variant.parameters),
+                                                      min(rows, variant.max_rows or rows))
+                   for op, step in zip(self.program.ops, self.engine.steps, strict=True) for variant in step.variants)
 
     def execute(self, batch: Batch, *, step_seconds: NDArray[np.float64] | None = None) -> Floats:
         """Logits float32 [R, vocab], overwritten by the next call. `step_seconds` [ops] takes each op's time."""
@@ -115,7 +138,8 @@ class CpuExecutor:
             self._bind()
         run = self._run(batch)
         seconds = None if step_seconds is None else step_seconds.ctypes.data_as(ctypes.c_void_p)
-        steps = ctypes.byref(self._steps, begin * ctypes.sizeof(Step))
+        bound = self._steps_for(run.num_tokens, run.num_outputs)
+        steps = ctypes.byref(bound, begin * ctypes.sizeof(Step))
         self._library.tw_execute(self._pool.pointer, steps, ctypes.c_int32(end - begin), ctypes.byref(run), seconds)
         if self._communicator is not None:
             self._communicator.check()

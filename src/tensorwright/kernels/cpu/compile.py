@@ -47,6 +47,12 @@ def engine_source(entries: Sequence[Source]) -> str:
     return "".join(parts)
 
 
+def kernel_text(entry: Source) -> str:
+    """Everything that decides an entry's own code: its headers, written out, and its function."""
+    seen: set[str] = set()
+    return "".join([*(_inlined(name, seen) for name in entry.headers), entry.function])
+
+
 def find_compiler() -> tuple[str, ...]:
     """The C++ compiler's command: CXX if set (it may hold options), else g++, clang++ or c++.
 
@@ -76,7 +82,7 @@ def compile_shared(source: str, target: Target, *, report: Callable[[int, str], 
     if target.architecture != platform.machine() and "CXX" not in os.environ:
         raise BuildError(f"target {target.name} needs a cross compiler for {target.architecture}",
                          mend=f"CXX={target.architecture}-linux-gnu-g++ tensorwright build ...")
-    identity = "\0".join((_compiler_version(compiler), *compiler, *flags, source))
+    identity = "\0".join((compiler_version(compiler), *compiler, *flags, source))
     cached = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.so"
     data = _read_cached(cached)
     if data is None:
@@ -112,7 +118,8 @@ def _inlined(name: str, seen: set[str]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiler_version(compiler: tuple[str, ...]) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
+    """What the compiler prints of itself."""
     result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     return result.stdout
 
