@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ ALGORITHMS = {"int4": ["--use_weight_only", "--weight_only_precision", "int4", "
               "int8": ["--use_weight_only", "--weight_only_precision", "int8", "--quantize_lm_head"], "none": []}
 
 
-def command(*words: object) -> float:
-    """Run a verb of tensorwright; seconds it took."""
+def command(*words: object, variables: Mapping[str, str] | None = None) -> float:
+    """Run a verb of tensorwright with these environment variables besides; seconds it took."""
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "tensorwright", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "tensorwright", *map(str, words)], check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, **(variables or {})})
     return time.monotonic() - begin
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from peers.figures import NAMES, Bar
+from peers.bars import NAMES, Bar
 
 COLOURS = {"tensorwright": "#d9480f", "openvino": "#6b7a90", "llama.cpp": "#a5b1c2"}
 WIDTH, LABELS, NUMBERS = 720, 150, 90

@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tensorwright.checkpoint.config import Quantization
 from tensorwright.checkpoint.convert import ConvertOptions, convert
-from tensorwright.cli import bandwidth
+from tensorwright.cli import arithmetic, bandwidth
 from tensorwright.cli.bench import time_per_token
 from tensorwright.cli.main import main
-from tensorwright.cli.profile import decode_batch
+from tensorwright.cli.profile import find_outliers
+from tensorwright.cli.roofline import Limits, Step, operand_widths, prefill_steps, total, work_of
+from tensorwright.engine.engine import Engine
 from tensorwright.errors import UsageError
 from tensorwright.testing.tiny import TinyModel, write_model
 
@@ -122,18 +125,19 @@ def test_a_foreign_safetensors_file_is_no_engine(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "read_bandwidth", partial(bandwidth.read_bandwidth, buffer_bytes=1 << 24))
+    monkeypatch.setattr(arithmetic, "arithmetic_rates", partial(arithmetic.arithmetic_rates, rounds=1000))
 
 
 def bench(engine: Path, *words: str) -> list[str]:
     return ["bench", "--engine_dir", str(engine), "--input_len", "40", "--output_len", "12", "--repeats", "1", *words]
 
 
-@pytest.mark.usefixtures("quick_bandwidth")
+@pytest.mark.usefixtures("quick_limits")
 def test_bench(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "b.json"
-    assert main(bench(engine, "--batch_sizes", "1,4", "--threads", "1", "--profile", "--json", str(file))) == 0
+    assert main(bench(engine, "--batch_sizes", "1,4", "--threads", "1", "--json", str(file))) == 0
     result: dict[str, Any] = json.loads(file.read_text())
     assert [line["batch"] for line in result["decode"]] == [1, 4]
     assert result["threads"] == 1
@@ -141,13 +145,44 @@ def test_bench(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["peak_rss_bytes"] > 1 << 20
     for line in result["decode"]:
         assert line["tok_s"] == pytest.approx(line["batch"] / line["tpot_ms"] * 1e3)
-        assert line["share_of_limit"] == pytest.approx(
-            line["bytes_per_step"] / (line["tpot_ms"] / 1e3) / result["bandwidth_bytes_s"])
+        assert line["share_of_bandwidth"] == pytest.approx(line["bytes_s"] / result["bandwidth_bytes_s"])
+    for line in (result["prefill"], *result["decode"]):
+        assert line["share_of_limit"] == max(line["share_of_bandwidth"], line["share_of_arithmetic"]) > 0
     assert result["decode"][1]["bytes_per_step"] > result["decode"][0]["bytes_per_step"]
-    kinds = result["profile"][0]["kinds"]
-    assert sum(kind["share"] for kind in kinds) == pytest.approx(1)
-    assert any(line["name"].startswith("layers.") for line in result["profile"][0]["worst"])
-    assert "share of limit" in capsys.readouterr().out
+    assert result["decode"][1]["operations_per_step"] == 4 * result["decode"][0]["operations_per_step"]
+    assert "of arithmetic" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_a_profile_explains_what_was_measured(engine: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "b.json"
+    assert main(bench(engine, "--batch_sizes", "2", "--threads", "1", "--profile", "--json", str(file))) == 0
+    result: dict[str, Any] = json.loads(file.read_text())
+    prefill, decode = result["profile"]
+    assert (prefill["phase"], prefill["length"], decode["phase"], decode["batch"]) == ("prefill", 40, "decode", 2)
+    assert prefill["measured_ms"] == result["prefill"]["ttft_ms"]
+    assert decode["measured_ms"] == result["decode"][0]["tpot_ms"]
+    for profile, line in ((prefill, result["prefill"]), (decode, result["decode"][0])):
+        parts = profile["kernels_ms"] + profile["sampling_ms"] + profile["rest_ms"]
+        assert parts == pytest.approx(profile["measured_ms"])
+        assert sum(kind["ms"] for kind in profile["kinds"]) == pytest.approx(profile["kernels_ms"])
+        assert sum(kind["operations"] for kind in profile["kinds"]) == pytest.approx(line["operations_per_step"])
+        assert profile["rest_ms"] > 0
+    assert "scheduling and Python" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_an_engine_without_a_probe_is_compared_with_memory_alone(
+        engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "b.json"
+    monkeypatch.setattr(arithmetic, "PROBE", "tw_of_another_day")
+    assert main(bench(engine, "--threads", "1", "--json", str(file))) == 0
+    result = json.loads(file.read_text())
+    assert result["arithmetic_operations_s"] is None
+    assert result["prefill"]["share_of_arithmetic"] is None
+    assert result["prefill"]["share_of_limit"] == result["prefill"]["share_of_bandwidth"]
+    assert "--rebuild_kernels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "numbers"), [
@@ -179,9 +214,22 @@ def test_sequences_that_never_decode_together_are_no_measurement() -> None:
         time_per_token([(0, 0.0, 1), (0, 1.0, 1), (1, 2.0, 1), (1, 3.0, 1)])
 
 
-def test_a_decode_batch_gives_every_sequence_blocks_of_its_own() -> None:
-    batch = decode_batch(3, 130, 64, 100)
-    assert batch.block_tables.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert batch.slots.tolist() == [2 * 64 + 1, 5 * 64 + 1, 8 * 64 + 1]
-    assert set(batch.positions.tolist()) == {129}
-    assert all(array.dtype == "int32" and array.flags.c_contiguous for array in vars(batch).values())
+def test_only_layers_that_fall_behind_their_like_stand_out() -> None:
+    times = np.array([1.0, 1.0, 1.2, 1.5, 7.0, 1e-4, 1e-4, 9e-4])
+    assert find_outliers(times, [[0, 1, 2, 3], [4], [5, 6, 7]]) == [3]
+
+
+def test_a_prompt_in_chunks_scores_what_one_step_scores() -> None:
+    assert prefill_steps(5, 2) == [Step(2, 0, 2, 3), Step(2, 0, 4, 7), Step(1, 1, 5, 5)]
+    assert [step.kv_scored for step in prefill_steps(5, 8)] == [15]
+
+
+def test_the_limit_is_the_larger_of_the_two_times(engine: Path) -> None:
+    opened = Engine.open(engine)
+    widths = operand_widths(opened)
+    memory = total(work_of(opened, [Step(1, 1, 8, 8)], Limits(1e9, dict.fromkeys(widths, 1e15))))
+    assert memory.limit_s == memory.memory_s == pytest.approx(memory.bytes / 1e9)
+    arithmetic_ = total(work_of(opened, [Step(1, 1, 8, 8)], Limits(1e15, dict.fromkeys(widths, 1e9))))
+    assert arithmetic_.limit_s == arithmetic_.arithmetic_s == pytest.approx(arithmetic_.operations / 1e9)
+    without_output = work_of(opened, [Step(1, 0, 8, 8)], Limits(1e9, None))
+    assert without_output[-1].bytes == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tensorwright.runtime import executor
 from tensorwright.runtime.processors import usable_cores
 
 
@@ -37,3 +38,14 @@ HYPERTHREADS = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}
         "version 1, none", "version 1, one", "topology not told"])
 def test_cores_within_affinity_and_quota(usable: set[int], cgroup: dict[str, str], cores: int, tmp_path: Path) -> None:
     assert usable_cores(usable, machine(tmp_path, HYPERTHREADS, **cgroup)) == cores
+
+
+@pytest.mark.parametrize(("own", "launcher", "threads"), [(8, 8, 4), (4, 8, 4), (1, 8, 1), (2, 64, 2), (1, 1, 1)], ids=[
+    "free to run anywhere", "bound to a half each", "bound to a core each", "bound to less", "one core for both"])
+def test_ranks_of_a_host_share_its_cores_once(own: int, launcher: int, threads: int,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor.os, "environ", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0",
+                                                 "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    monkeypatch.setattr(executor.os, "sched_getaffinity", lambda process: set(range(launcher if process else own)))
+    monkeypatch.setattr(executor, "usable_cores", lambda usable=None: own if usable is None else len(usable))
+    assert executor.default_threads() == threads

@@ -1,8 +1,8 @@
 """`tensorwright bench`: load, first token, prefill, decode and memory of an engine, through the real runtime.
 
 Prompts are random tokens, different for every sequence, blocks are not reused, and end ids are ignored, so that every
-request has the lengths that were asked for. Figures are medians over the repeats. A decode step must read the weights
-and the cached keys and values once: `share_of_limit` compares that with what the machine's memory can deliver.
+request has the lengths that were asked for. Figures are medians over the repeats. What the machine can do is measured
+in the same run: bytes read per second, and operations per second in the engine's own instructions (`roofline.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +22,51 @@ from tensorwright.cli.options import Parser
 from tensorwright.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
+    from tensorwright.cli.profile import RecordingExecutor
+    from tensorwright.cli.roofline import Limits as RooflineLimits
+    from tensorwright.cli.roofline import Work
     from tensorwright.engine.engine import Engine
     from tensorwright.engine.limits import Limits
     from tensorwright.runtime.communicator import Communicator
     from tensorwright.runtime.llm import LLM
 
 
+WARM_UP_TOKENS = 512
+
+
 @dataclass(frozen=True)
-class Decode:
-    """A batch in steady decode: time of a step, tokens of all sequences per second, bytes it must read."""
+class Speed:
+    """What a step of one kind reaches: rates, and shares of the limits. None where a limit is not known."""
+
+    bytes_per_step: float
+    operations_per_step: float
+    bytes_s: float
+    operations_s: float
+    share_of_bandwidth: float
+    share_of_arithmetic: float | None
+    share_of_limit: float  # of the limit that comes first: the larger of the two shares
+
+
+@dataclass(frozen=True)
+class Prefill(Speed):
+    """One prompt alone, all its chunks together, from the request to the first token."""
+
+    ttft_ms: float
+    tok_s: float
+
+
+@dataclass(frozen=True)
+class Decode(Speed):
+    """A batch in steady decode: time of a step, tokens of all sequences per second."""
 
     batch: int
     tpot_ms: float
     tok_s: float
-    bytes_per_step: float
-    share_of_limit: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `--json` holds. Bandwidth is what the same threads read from memory beyond the caches."""
+    """What `--json` holds. The limits are what the same threads reach in the same run."""
 
     engine_dir: str
     target: str
@@ -49,10 +74,10 @@ class Measurement:
     input_len: int
     output_len: int
     load_s: float
-    ttft_ms: float
-    prefill_tok_s: float
     peak_rss_bytes: int
     bandwidth_bytes_s: float
+    arithmetic_operations_s: Mapping[int, float] | None  # by the bits of the numbers that are multiplied
+    prefill: Prefill
     decode: tuple[Decode, ...]
     profile: tuple[dict[str, Any], ...] = ()
 
@@ -93,43 +118,70 @@ def main(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace, communicator: Communicator | None) -> Measurement:
     """All figures, of this rank. LimitError when the engine cannot hold such requests."""
-    from tensorwright.cli.bandwidth import read_bandwidth
     from tensorwright.cli.machine import peak_memory_bytes
+    from tensorwright.cli.roofline import decode_step, prefill_steps, work_of
     from tensorwright.engine.config import limits_of, read_config
     from tensorwright.runtime.executor import default_threads
-    from tensorwright.runtime.llm import LLM
 
     threads = arguments.threads or default_threads()
-    length = arguments.input_len + arguments.output_len
     _check(limits_of(read_config(arguments.engine_dir)), arguments)
     started = time.perf_counter()
-    llm = LLM(arguments.engine_dir, threads=threads, block_reuse=False, communicator=communicator,
-              max_kv_tokens=_kv_tokens(arguments.engine_dir, max(arguments.batch_sizes), length))
+    llm, recorder = _open(arguments, threads, communicator)
     load_s = time.perf_counter() - started
     ttft_s = _first_token(llm, arguments.input_len, arguments.repeats)
+    prompt_records = tuple(recorder.records) if recorder else ()
     tpots = {batch: _step_time(llm, batch, arguments) for batch in arguments.batch_sizes}
     peak = peak_memory_bytes()
-    bandwidth = read_bandwidth(threads)
-    mean_length = arguments.input_len + arguments.output_len / 2
-    decode = tuple(_decode(llm.engine, batch, tpots[batch], mean_length, bandwidth) for batch in tpots)
+    limits = measure_limits(llm.engine, threads)
+    chunks = prefill_steps(arguments.input_len, llm.engine.limits.max_num_tokens)
+    kv_length = arguments.input_len + arguments.output_len // 2
+    prompt_work = work_of(llm.engine, chunks, limits)
+    step_work = {batch: work_of(llm.engine, [decode_step(batch, kv_length)], limits) for batch in tpots}
+    prefill = Prefill(**_speed(prompt_work, ttft_s), ttft_ms=ttft_s * 1e3, tok_s=arguments.input_len / ttft_s)
+    decode = tuple(Decode(**_speed(step_work[batch], step_s), batch=batch, tpot_ms=step_s * 1e3, tok_s=batch / step_s)
+                   for batch, step_s in tpots.items())
     profile: tuple[dict[str, Any], ...] = ()
-    if arguments.profile:
-        from tensorwright.cli.profile import profile_decode
+    if recorder:
+        from tensorwright.cli.profile import profile_decode, profile_prefill
 
-        profile = tuple(profile_decode(llm.engine, batch, round(mean_length), threads, bandwidth, communicator)
-                        for batch in arguments.batch_sizes)
+        profile = (profile_prefill(llm.engine, prompt_records, prompt_work, arguments.input_len, ttft_s),
+                   *(profile_decode(llm.engine, recorder.records, step_work[batch], batch, kv_length, step_s)
+                     for batch, step_s in tpots.items()))
     return Measurement(str(arguments.engine_dir), llm.engine.target, threads, arguments.input_len,
-                       arguments.output_len, load_s, ttft_s * 1e3, arguments.input_len / ttft_s, peak, bandwidth,
-                       decode, profile)
+                       arguments.output_len, load_s, peak, limits.bytes_s, limits.operations_s, prefill, decode,
+                       profile)
 
 
-def step_bytes(engine: Engine, num_tokens: int, kv_tokens: int) -> list[float]:
-    """Bytes that each op of a step must move, as its kernel states them."""
-    from tensorwright.kernels.cpu.registry import KERNELS
+def _open(arguments: argparse.Namespace, threads: int,
+          communicator: Communicator | None) -> tuple[LLM, RecordingExecutor | None]:
+    """The engine with room for the largest batch; with --profile, what records its steps."""
+    from tensorwright.engine.config import read_config
+    from tensorwright.engine.engine import Engine
+    from tensorwright.runtime.llm import LLM
 
-    kernels = {kernel.name: kernel for kernel in KERNELS}
-    return [kernels[step.kernel].cost(op, engine.program, num_tokens, kv_tokens).bytes
-            for op, step in zip(engine.program.ops, engine.steps, strict=True)]
+    # Every sequence in whole blocks, and one block more for each.
+    size = int(read_config(arguments.engine_dir)["build_config"]["tokens_per_block"])
+    num_blocks = max(arguments.batch_sizes) * (-(-(arguments.input_len + arguments.output_len) // size) + 1)
+    recorder = None
+    if arguments.profile:
+        from tensorwright.cli.profile import RecordingExecutor
+
+        engine = Engine.open(arguments.engine_dir, communicator.rank if communicator else 0)
+        recorder = RecordingExecutor(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
+    llm = LLM(arguments.engine_dir, threads=threads, block_reuse=False, communicator=communicator,
+              max_kv_tokens=num_blocks * size, executor=recorder)
+    return llm, recorder
+
+
+def measure_limits(engine: Engine, threads: int) -> RooflineLimits:
+    """What so many threads reach on this machine with the instructions of the engine's target."""
+    from tensorwright.cli.arithmetic import arithmetic_rates
+    from tensorwright.cli.bandwidth import read_bandwidth
+    from tensorwright.cli.roofline import Limits, operand_widths
+    from tensorwright.kernels.cpu.load import load_library
+
+    library = load_library(engine.kernels(), glibc=engine.manifest["kernels"]["glibc"])
+    return Limits(read_bandwidth(threads), arithmetic_rates(library, threads, operand_widths(engine)))
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -175,21 +227,14 @@ def _check(limits: Limits, arguments: argparse.Namespace) -> None:
         raise LimitError(f"--batch_sizes asks for {largest}; the engine's max_batch_size is {limits.max_batch_size}")
 
 
-def _kv_tokens(engine_dir: Path, batch: int, length: int) -> int:
-    """Room for the largest batch in whole blocks, and one block more for each sequence."""
-    from tensorwright.engine.config import read_config
-
-    size = int(read_config(engine_dir)["build_config"]["tokens_per_block"])
-    return batch * (-(-length // size) + 1) * size
-
-
 def _first_token(llm: LLM, input_len: int, repeats: int) -> float:
     """Median seconds from one request's start to its first token; a first, untimed request warms up."""
     from tensorwright.runtime.parameters import SamplingParameters
 
     times = []
     for repeat in range(repeats + 1):
-        prompts = random_prompts(1, input_len, llm.engine.vocab_size, seed=repeat)
+        length = input_len if repeat else min(input_len, WARM_UP_TOKENS)
+        prompts = random_prompts(1, length, llm.engine.vocab_size, seed=repeat)
         result = llm.generate(prompts, SamplingParameters(max_tokens=1, end_ids=()))[0]
         if result.error is not None:
             raise UsageError(f"the request failed: {result.error}")
@@ -211,28 +256,47 @@ def _step_time(llm: LLM, batch: int, arguments: argparse.Namespace) -> float:
     return statistics.median(times)
 
 
-def _decode(engine: Engine, batch: int, step_s: float, mean_length: float, bandwidth: float) -> Decode:
-    num_bytes = sum(step_bytes(engine, batch, round(batch * mean_length)))
-    return Decode(batch, step_s * 1e3, batch / step_s, num_bytes, num_bytes / step_s / bandwidth)
+def _speed(works: Sequence[Work], seconds: float) -> dict[str, Any]:
+    """The fields of `Speed`, of ops that took so long together."""
+    from tensorwright.cli.roofline import total
+
+    work = total(works)
+    return {"bytes_per_step": work.bytes, "operations_per_step": work.operations, "bytes_s": work.bytes / seconds,
+            "operations_s": work.operations / seconds, "share_of_bandwidth": work.memory_s / seconds,
+            "share_of_arithmetic": None if work.arithmetic_s is None else work.arithmetic_s / seconds,
+            "share_of_limit": work.limit_s / seconds}
 
 
 def _print(result: Measurement) -> None:
     from tensorwright.cli.tables import format_bytes, format_seconds, print_table
 
+    names = {bits: f"int{bits} × int{max(bits, 8)}" for bits in (4, 8, 16)}
+    rates = {names.get(bits, f"float{bits}"): f"{rate / 1e9:.0f} GOP/s"
+             for bits, rate in (result.arithmetic_operations_s or {}).items()}
     print_table(f"{result.engine_dir}: target {result.target}, {result.threads} threads, prompts of "
                 f"{result.input_len} tokens, {result.output_len} new tokens", [
-                    ("load", format_seconds(result.load_s)), ("first token", f"{result.ttft_ms:.1f} ms"),
-                    ("prefill", f"{result.prefill_tok_s:.0f} tokens/s"),
-                    ("peak memory", format_bytes(result.peak_rss_bytes)),
-                    ("memory bandwidth", f"{result.bandwidth_bytes_s / 1e9:.1f} GB/s read")])
-    print_table("\nDecode", [
-        (str(d.batch), f"{d.tpot_ms:.2f}", f"{d.tok_s:.1f}", format_bytes(d.bytes_per_step), f"{d.share_of_limit:.0%}")
-        for d in result.decode], header=("batch", "ms/step", "tokens/s", "bytes/step", "share of limit"))
+                    ("load", format_seconds(result.load_s)), ("peak memory", format_bytes(result.peak_rss_bytes)),
+                    ("limit: memory", f"{result.bandwidth_bytes_s / 1e9:.1f} GB/s read"),
+                    *((f"limit: {name}", rate) for name, rate in rates.items())])
+    if not rates:
+        print("  This engine has no probe for arithmetic: shares are of memory alone. To mend that: "
+              f"tensorwright build --rebuild_kernels {result.engine_dir}")
+    prefill = result.prefill
+    print_table("", [("prefill", f"{prefill.ttft_ms:.1f}", f"{prefill.tok_s:.0f}", *_rates(prefill)),
+                     *((f"decode, batch {d.batch}", f"{d.tpot_ms:.2f}", f"{d.tok_s:.1f}", *_rates(d))
+                       for d in result.decode)],
+                header=("", "TTFT or TPOT, ms", "tokens/s", "GB/s", "GOP/s", "of memory", "of arithmetic"))
     if result.profile:
         from tensorwright.cli.profile import print_profile
 
         for profile in result.profile:
             print_profile(profile)
+
+
+def _rates(speed: Speed) -> tuple[str, ...]:
+    arithmetic = "–" if speed.share_of_arithmetic is None else f"{speed.share_of_arithmetic:.0%}"
+    return (f"{speed.bytes_s / 1e9:.1f}", f"{speed.operations_s / 1e9:.0f}", f"{speed.share_of_bandwidth:.0%}",
+            arithmetic)
 
 
 def _count(word: str) -> int:

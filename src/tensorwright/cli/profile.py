@@ -1,91 +1,144 @@
-"""Where the time of one decode step goes: per kind of op, and the single steps that lose most to the memory's limit.
+"""Where the time of a prompt and of a decode step goes: per kind of op, and the layers that fall behind their like.
 
-How much can be named is the engine's `--profiling_verbosity`: none gives totals per kernel, layer_names_only the names
-of ops too, detailed their tactics as well.
+The times are those of the very steps that `bench` measures, so that ops, sampling and the rest (scheduling, Python) sum
+to the measured step. How much can be named is the engine's `--profiling_verbosity`: none gives totals per kernel,
+layer_names_only the names of ops too, detailed their tactics as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tensorwright.cli.bench import step_bytes
-from tensorwright.cli.tables import format_bytes, print_table
-from tensorwright.runtime.batch import Batch
+from tensorwright.cli.roofline import Work, total
+from tensorwright.cli.tables import print_table
+from tensorwright.engine.engine import Engine
+from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.communicator import Communicator
+from tensorwright.runtime.executor import CpuExecutor
 
-if TYPE_CHECKING:
-    from tensorwright.engine.engine import Engine
-    from tensorwright.runtime.communicator import Communicator
+STANDS_OUT = 1.3  # times the median of the ops of its name
+SMALLEST_SHARE = 0.002  # of the whole: what takes less is not worth a line
+MAX_OUTLIERS = 10
 
-WARMUPS, RUNS, NUM_WORST = 2, 15, 10
+Times = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: its tokens, those that got logits, and the seconds of each op and of sampling."""
+
+    num_tokens: int
+    num_outputs: int
+    op_s: Times
+    sampling_s: Times  # [1]
+
+
+class RecordingExecutor(CpuExecutor):
+    """An executor that notes where every step's time goes; reading the clock takes some microseconds of a step."""
+
+    def __init__(self, engine: Engine, *, num_blocks: int, threads: int | None = None,
+                 communicator: Communicator | None = None) -> None:
+        super().__init__(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
+        self.records: list[StepRecord] = []
+
+    def execute(self, batch: Batch, *, step_seconds: Times | None = None) -> Floats:
+        """As always, with a record."""
+        record = StepRecord(len(batch.token_ids), len(batch.output_rows), np.zeros(len(self.program.ops)), np.zeros(1))
+        self.records.append(record)
+        return super().execute(batch, step_seconds=record.op_s)
+
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+        """As always, timed."""
+        started = time.perf_counter()
+        result = super().sample(logits, rows)
+        self.records[-1].sampling_s[0] += time.perf_counter() - started
+        return result
 
 
 @dataclass(frozen=True)
 class Line:
-    """One step, or all steps of a name: how many, their time and bytes, the share of the whole and of the limit."""
+    """One op, or all ops of a name: how many, their time, work, and shares of the whole and of the machine's limit."""
 
     name: str
     count: int
     ms: float
     share: float
     bytes: float
+    operations: float
     share_of_limit: float
 
 
-def profile_decode(engine: Engine, batch: int, kv_length: int, threads: int, bandwidth: float,
-                   communicator: Communicator | None = None) -> dict[str, Any]:
-    """Medians over some runs of one decode step of `batch` sequences with `kv_length` cached tokens each."""
-    from tensorwright.runtime.executor import CpuExecutor
+def profile_prefill(engine: Engine, records: Sequence[StepRecord], works: Sequence[Work], length: int,
+                    measured_s: float) -> dict[str, Any]:
+    """Requests for one token each: the first warms up, the others took `measured_s`; `works` [ops] of all chunks."""
+    ends = [index + 1 for index, record in enumerate(records) if record.num_outputs]
+    prompts = [records[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+    op_s = np.median([np.sum([step.op_s for step in prompt], axis=0) for prompt in prompts], axis=0)
+    sampling_s = float(np.median([sum(float(step.sampling_s[0]) for step in prompt) for prompt in prompts]))
+    return {"phase": "prefill", "batch": 1, "length": length,
+            **_profile(engine, op_s, op_s, sampling_s, works, measured_s)}
 
-    step = decode_batch(batch, kv_length, engine.tokens_per_block, engine.vocab_size)
-    executor = CpuExecutor(engine, threads=threads, num_blocks=int(step.block_tables.max()) + 1,
-                           communicator=communicator)
-    for buffer in engine.program.buffers.values():
-        if buffer.kind == "cache":
-            executor.buffer(buffer.name).fill(1)  # pages never written would all read from one page in the cache
-    seconds = np.zeros((WARMUPS + RUNS, len(engine.program.ops)))
-    for run in seconds:
-        executor.execute(step, step_seconds=run)
-    times = np.median(seconds[WARMUPS:], axis=0)
-    sizes = np.array(step_bytes(engine, batch, batch * kv_length))
+
+def profile_decode(engine: Engine, records: Sequence[StepRecord], works: Sequence[Work], batch: int, length: int,
+                   measured_s: float) -> dict[str, Any]:
+    """The steps in which all of `batch` sequences decode, on average; `works` [ops] of one of them."""
+    steps = [record for record in records if record.num_tokens == record.num_outputs == batch]
+    op_s, usual_s = (reduce([step.op_s for step in steps], axis=0) for reduce in (np.mean, np.median))
+    sampling_s = float(np.mean([step.sampling_s[0] for step in steps]))
+    return {"phase": "decode", "batch": batch, "length": length,
+            **_profile(engine, op_s, usual_s, sampling_s, works, measured_s)}
+
+
+def _profile(engine: Engine, op_s: Times, usual_s: Times, sampling_s: float, works: Sequence[Work],
+             measured_s: float) -> dict[str, Any]:
+    """The lines. Layers are compared by the times that are usual for them, not by what one disturbed step took."""
     verbosity = engine.config["build_config"].get("profiling_verbosity", "layer_names_only")
-    lost = times - sizes / bandwidth
-    worst = [] if verbosity == "none" else np.argsort(-lost)[:NUM_WORST].tolist()
-    name = _namer(engine, verbosity)
-    return {"batch": batch, "kv_length": kv_length, "step_ms": float(times.sum() * 1e3), "verbosity": verbosity,
-            "kinds": [asdict(line) for line in _totals(_group_names(engine, verbosity), times, sizes, bandwidth)],
-            "worst": [asdict(_line(name(i), times[[i]], sizes[[i]], times.sum(), bandwidth)) for i in worst]}
+    groups, whole = _groups(_group_names(engine, verbosity)), float(op_s.sum())
+    lines = [_line(name, op_s[members], [works[i] for i in members], measured_s) for name, members in groups.items()]
+    outliers = [] if verbosity == "none" else find_outliers(usual_s, groups.values())
+    return {"measured_ms": measured_s * 1e3, "kernels_ms": whole * 1e3, "sampling_ms": sampling_s * 1e3,
+            "rest_ms": (measured_s - whole - sampling_s) * 1e3, "verbosity": verbosity,
+            "kinds": [asdict(line) for line in sorted(lines, key=lambda line: -line.ms)],
+            "outliers": [asdict(_line(_name(engine, verbosity, i), usual_s[[i]], [works[i]], measured_s))
+                         for i in outliers]}
 
 
-def decode_batch(batch: int, kv_length: int, block_size: int, vocab_size: int) -> Batch:
-    """One new token for each sequence, which is the last of its `kv_length`; blocks are dealt out in order."""
-    width = -(-kv_length // block_size)
-    tables = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
-    last = kv_length - 1
-    rows = np.arange(batch, dtype=np.int32)
-    return Batch(token_ids=(rows * 7919 % vocab_size).astype(np.int32), positions=np.full(batch, last, np.int32),
-                 slots=np.ascontiguousarray(tables[:, last // block_size] * block_size + last % block_size),
-                 query_starts=rows, query_lengths=np.ones(batch, np.int32),
-                 kv_lengths=np.full(batch, kv_length, np.int32), block_tables=tables, output_rows=rows)
+def find_outliers(times: Times, groups: Iterable[Sequence[int]]) -> list[int]:
+    """Ops that take far longer than the median of their group, the longest first; of a group of one there are none."""
+    found = []
+    for members in groups:
+        usual = float(np.median(times[members]))
+        found += [i for i in members if times[i] > STANDS_OUT * usual and times[i] > SMALLEST_SHARE * times.sum()]
+    return sorted(found, key=lambda i: -float(times[i]))[:MAX_OUTLIERS]
 
 
 def print_profile(profile: dict[str, Any]) -> None:
-    """The tables of one batch size."""
-    header = ("", "steps", "ms", "share", "bytes", "share of limit")
-    print_table(f"\nOne decode step, batch {profile['batch']}, {profile['kv_length']} tokens each: "
-                f"{profile['step_ms']:.2f} ms in kernels", _rows(profile["kinds"]), header=header)
-    if profile["worst"]:
-        print_table("\nSteps that lose most against the memory's limit", _rows(profile["worst"]), header=header)
-    else:
-        print("Built with --profiling_verbosity none: steps have no names.")
+    """The tables of one phase and batch size."""
+    what = (f"Prefill of {profile['length']} tokens" if profile["phase"] == "prefill" else
+            f"One decode step, batch {profile['batch']}, {profile['length']} tokens each")
+    whole_ms = profile["measured_ms"]
+    header = ("", "ops", "ms", "share", "GB/s", "GOP/s", "of limit")
+    ends = [("all kernels", "kernels_ms"), ("sampling", "sampling_ms"), ("scheduling and Python", "rest_ms"),
+            ("measured", "measured_ms")]
+    rows = [*_rows(profile["kinds"]), *((words, "", f"{profile[name]:.3f}", f"{profile[name] / whole_ms:.1%}")
+                                        for words, name in ends)]
+    print_table(f"\n{what}", rows, header=header)
+    if profile["outliers"]:
+        print_table(f"\nOver {STANDS_OUT} times the median of their like", _rows(profile["outliers"]), header=header)
+    if profile["verbosity"] == "none":
+        print("Built with --profiling_verbosity none: ops have no names.")
 
 
 def _rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [(line["name"], str(line["count"]), f"{line['ms']:.3f}", f"{line['share']:.1%}",
-             format_bytes(line["bytes"]), f"{line['share_of_limit']:.0%}") for line in lines]
+             f"{line['bytes'] / line['ms'] / 1e6:.1f}", f"{line['operations'] / line['ms'] / 1e6:.0f}",
+             f"{line['share_of_limit']:.0%}") for line in lines]
 
 
 def _group_names(engine: Engine, verbosity: str) -> list[str]:
@@ -94,25 +147,21 @@ def _group_names(engine: Engine, verbosity: str) -> list[str]:
     return [f"{op.kind} {op.name.rpartition('.')[2]}" if op.kind == "linear" else op.kind for op in engine.program.ops]
 
 
-def _namer(engine: Engine, verbosity: str) -> Callable[[int], str]:
-    def name(index: int) -> str:
-        step = engine.steps[index]
-        if verbosity != "detailed":
-            return step.op
-        tactic = " ".join([step.layout, *(f"{key}={value}" for key, value in step.parameters.items())])
-        return f"{step.op} ({step.kernel} {tactic})"
-    return name
+def _name(engine: Engine, verbosity: str, index: int) -> str:
+    step = engine.steps[index]
+    if verbosity != "detailed":
+        return step.op
+    tactic = " ".join([step.layout, *(f"{key}={value}" for key, value in step.parameters.items())])
+    return f"{step.op} ({step.kernel} {tactic})"
 
 
-def _totals(names: Sequence[str], times: Any, sizes: Any, bandwidth: float) -> list[Line]:
-    """One line for each name, the longest time first."""
+def _groups(names: Sequence[str]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         groups.setdefault(name, []).append(index)
-    lines = [_line(name, times[members], sizes[members], times.sum(), bandwidth) for name, members in groups.items()]
-    return sorted(lines, key=lambda line: -line.ms)
+    return groups
 
 
-def _line(name: str, times: Any, sizes: Any, whole_s: float, bandwidth: float) -> Line:
-    taken, moved = float(times.sum()), float(sizes.sum())
-    return Line(name, len(times), taken * 1e3, taken / whole_s, moved, moved / bandwidth / max(taken, 1e-9))
+def _line(name: str, times: Times, works: Sequence[Work], whole_s: float) -> Line:
+    taken, work = max(float(times.sum()), 1e-9), total(works)
+    return Line(name, len(works), taken * 1e3, taken / whole_s, work.bytes, work.operations, work.limit_s / taken)

@@ -1,5 +1,6 @@
 // What every engine's shared object exports besides its kernels.
 #pragma once
+#include "arithmetic.h"
 #include "bandwidth.h"
 #include "pool.h"
 #include "sample.h"
@@ -30,6 +31,14 @@ TW_EXPORT void tw_sample(tw_pool* pool, const float* logits, int32_t rows, int32
 TW_EXPORT void tw_read(tw_pool* pool, const void* from, int64_t bytes) {
   tw::reading_job job{static_cast<const uint8_t*>(from), bytes};
   tw::run_job(pool, tw::read_memory, &job);
+}
+
+// Every worker multiplies and adds: weights of 4 or 8 bits by int8, 16 bits by 16, or float32 (bits 32). Their operations.
+// Newer than version 1's first engines; nothing that runs an engine asks for it.
+TW_EXPORT int64_t tw_compute(tw_pool* pool, int32_t bits, int64_t rounds) {
+  tw::arithmetic_job job{bits, rounds};
+  tw::run_job(pool, tw::compute, &job);
+  return rounds * tw::operations_of_round(bits, pool->size);
 }
 
 }
