@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
 from tensorwright.kernels.cpu.layouts import DTYPES
 from tensorwright.kernels.cpu.linear import Linear
@@ -26,7 +27,6 @@ from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.cpu.targets import TARGET_NAMES, resolve_target
 from tensorwright.kernels.interface import Tactic, Target, Tensor
 from tensorwright.program.program import Buffer, Op, Program, Weight
-from tensorwright.runtime.native import Run, Step, addresses, aligned
 
 ROTATED_BYTES = 256 << 20
 LINEARS = {  # name: outputs, inputs, weight, group, has norm, gate, has residual

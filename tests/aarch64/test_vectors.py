@@ -20,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tensorwright.engine.format import KERNELS, Reader
+from tensorwright.kernels.cpu.abi import Run, Sampling
 from tensorwright.kernels.cpu.compile import FLAGS, engine_source, kernel_symbols
 from tensorwright.kernels.cpu.registry import find_kernel
 from tensorwright.kernels.cpu.targets import PORTABLE, TARGETS
@@ -28,7 +29,6 @@ from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Program, Weight
 from tensorwright.runtime import sampling
 from tensorwright.runtime.batch import Batch, SamplingRow
-from tensorwright.runtime.native import Run, Sampling
 from tensorwright.testing.engines import Recipe, build_engine
 from tensorwright.testing.native_ops import make_batch, one_op
 

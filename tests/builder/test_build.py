@@ -69,14 +69,16 @@ def test_what_changes_code_or_weights_builds_anew(checkpoint: Path, engine_dir: 
 
 def test_exact_engines_round_no_activations(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:
     build(options(checkpoint, tmp_path, exact=True), quiet)
-    groups = {}
+    groups, attention_bits = {}, {}
     for folder in (engine_dir, tmp_path):
         program = Engine.open(folder).program
         linears = [op for op in program.ops if op.kind == "linear"]
         groups[folder] = {op.attributes["activation_group"] for op in linears
                           if program.weights[op.weights["weight"]].is_quantized}
+        attention_bits[folder] = {op.attributes["activation_bits"] for op in program.ops if op.kind == "attention"}
         assert json.loads((folder / "config.json").read_text())["build_config"]["exact"] is (folder == tmp_path)
     assert groups == {engine_dir: {32}, tmp_path: {0}}
+    assert attention_bits == {engine_dir: {16}, tmp_path: {0}}
 
 
 def test_rebuilding_kernels_keeps_exactness(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:

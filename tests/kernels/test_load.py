@@ -11,10 +11,10 @@ import pytest
 
 from tensorwright.errors import EngineError, IncompatibleEngineError
 from tensorwright.kernels.cpu import load
+from tensorwright.kernels.cpu.abi import Run, Step, addresses
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.load import ThreadPool, load_library, thread_pool
 from tensorwright.kernels.cpu.targets import resolve_target
-from tensorwright.runtime.native import Run, Step, addresses
 
 # Each worker adds to a shared total in turns that only barriers keep apart, and takes items from the counter.
 COUNTING = """

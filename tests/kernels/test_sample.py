@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tensorwright.kernels.cpu.abi import Sampling
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.cpu.targets import resolve_target
 from tensorwright.kernels.interface import Target
 from tensorwright.runtime import sampling
 from tensorwright.runtime.batch import SamplingRow
-from tensorwright.runtime.native import Sampling
 
 
 class Sampler:

@@ -82,7 +82,7 @@ def profile_prefill(engine: Engine, records: Sequence[StepRecord], works: Sequen
     op_s = np.median([np.sum([step.op_s for step in prompt], axis=0) for prompt in prompts], axis=0)
     sampling_s = float(np.median([sum(float(step.sampling_s[0]) for step in prompt) for prompt in prompts]))
     return {"phase": "prefill", "batch": 1, "length": length,
-            **_profile(engine, op_s, op_s, sampling_s, works, measured_s)}
+            **_profile(engine, op_s, op_s, sampling_s, works, measured_s, (length, 1))}
 
 
 def profile_decode(engine: Engine, records: Sequence[StepRecord], works: Sequence[Work], batch: int, length: int,
@@ -92,12 +92,12 @@ def profile_decode(engine: Engine, records: Sequence[StepRecord], works: Sequenc
     op_s, usual_s = (reduce([step.op_s for step in steps], axis=0) for reduce in (np.mean, np.median))
     sampling_s = float(np.mean([step.sampling_s[0] for step in steps]))
     return {"phase": "decode", "batch": batch, "length": length,
-            **_profile(engine, op_s, usual_s, sampling_s, works, measured_s)}
+            **_profile(engine, op_s, usual_s, sampling_s, works, measured_s, (batch, batch))}
 
 
 def _profile(engine: Engine, op_s: Times, usual_s: Times, sampling_s: float, works: Sequence[Work],
-             measured_s: float) -> dict[str, Any]:
-    """The lines. Layers are compared by the times that are usual for them, not by what one disturbed step took."""
+             measured_s: float, rows: tuple[int, int]) -> dict[str, Any]:
+    """The lines; `rows` of tokens and of outputs. Layers are compared by the times that are usual for them, not by what one disturbed step took."""
     verbosity = engine.config["build_config"].get("profiling_verbosity", "layer_names_only")
     groups, whole = _groups(_group_names(engine, verbosity)), float(op_s.sum())
     lines = [_line(name, op_s[members], [works[i] for i in members], measured_s) for name, members in groups.items()]
@@ -105,7 +105,7 @@ def _profile(engine: Engine, op_s: Times, usual_s: Times, sampling_s: float, wor
     return {"measured_ms": measured_s * 1e3, "kernels_ms": whole * 1e3, "sampling_ms": sampling_s * 1e3,
             "rest_ms": (measured_s - whole - sampling_s) * 1e3, "verbosity": verbosity,
             "kinds": [asdict(line) for line in sorted(lines, key=lambda line: -line.ms)],
-            "outliers": [asdict(_line(_name(engine, verbosity, i), usual_s[[i]], [works[i]], measured_s))
+            "outliers": [asdict(_line(_name(engine, verbosity, i, rows), usual_s[[i]], [works[i]], measured_s))
                          for i in outliers]}
 
 
@@ -147,11 +147,12 @@ def _group_names(engine: Engine, verbosity: str) -> list[str]:
     return [f"{op.kind} {op.name.rpartition('.')[2]}" if op.kind == "linear" else op.kind for op in engine.program.ops]
 
 
-def _name(engine: Engine, verbosity: str, index: int) -> str:
-    step = engine.steps[index]
+def _name(engine: Engine, verbosity: str, index: int, rows: tuple[int, int]) -> str:
+    step, y = engine.steps[index], engine.program.buffers[engine.program.ops[index].outputs[0]]
     if verbosity != "detailed":
         return step.op
-    tactic = " ".join([step.layout, *(f"{key}={value}" for key, value in step.parameters.items())])
+    parameters = step.at(rows[y.shape[0] == "outputs"]).parameters
+    tactic = " ".join([step.layout, *(f"{key}={value}" for key, value in parameters.items())])
     return f"{step.op} ({step.kernel} {tactic})"
 
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from tensorwright.engine.engine import Engine
 from tensorwright.errors import EngineError, UsageError
+from tensorwright.kernels.cpu.abi import ABI_VERSION, Run, Sampling, Step, addresses, aligned
 from tensorwright.kernels.cpu.load import load_library, thread_pool
+from tensorwright.kernels.cpu.processors import usable_cores
 from tensorwright.kernels.cpu.registry import KERNELS
 from tensorwright.kernels.cpu.targets import check_target
 from tensorwright.kernels.interface import Tactic, Target
@@ -25,8 +27,6 @@ from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Op
 from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks, read_launch
-from tensorwright.runtime.native import ABI_VERSION, Run, Sampling, Step, addresses, aligned
-from tensorwright.runtime.processors import usable_cores
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
                           "int8": np.int8, "int32": np.int32}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.cpu.registry import find_kernel
@@ -19,7 +20,6 @@ from tensorwright.kernels.interface import Target, Tensor
 from tensorwright.program.ops import ATTRIBUTE_DEFAULTS, BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Op, Program, Weight
 from tensorwright.runtime.batch import Batch
-from tensorwright.runtime.native import Run, Step, addresses, aligned
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.interface import Array, Kernel, Target, Tensor
 from tensorwright.program.ops import OPS
 from tensorwright.program.program import Op, Program
-from tensorwright.runtime.native import Run, Step, addresses, aligned
 
 GUARD_BYTES = 64
 

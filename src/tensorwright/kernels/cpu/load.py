@@ -1,6 +1,6 @@
 """Loads the shared object of an engine from memory, and keeps the process's thread pools.
 
-It knows the dynamic linker and fork. It does not know what the kernels compute (`native/abi.h`, `runtime/native.py`).
+It knows the dynamic linker and fork. It does not know what the kernels compute (`native/abi.h`, `kernels/cpu/abi.py`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // The binary interface between a CPU engine's shared object and the runtime. Version: TW_ABI_VERSION.
-// Mirrored by runtime/native.py with ctypes; change both together and raise the version.
+// Mirrored by kernels/cpu/abi.py with ctypes; change both together and raise the version.
 #pragma once
 #include <stdint.h>
 

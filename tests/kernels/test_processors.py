@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tensorwright.kernels.cpu.processors import usable_cores
 from tensorwright.runtime import executor
-from tensorwright.runtime.processors import usable_cores
 
 
 def machine(folder: Path, siblings: dict[int, str], **cgroup: str) -> Path:
