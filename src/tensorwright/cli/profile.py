@@ -97,7 +97,7 @@ def profile_decode(engine: Engine, records: Sequence[StepRecord], works: Sequenc
 
 def _profile(engine: Engine, op_s: Times, usual_s: Times, sampling_s: float, works: Sequence[Work],
              measured_s: float, rows: tuple[int, int]) -> dict[str, Any]:
-    """The lines; `rows` of tokens and of outputs. Layers are compared by the times that are usual for them, not by what one disturbed step took."""
+    """The lines; `rows` of tokens and of outputs. Layers are compared by usual times, not by one disturbed step."""
     verbosity = engine.config["build_config"].get("profiling_verbosity", "layer_names_only")
     groups, whole = _groups(_group_names(engine, verbosity)), float(op_s.sum())
     lines = [_line(name, op_s[members], [works[i] for i in members], measured_s) for name, members in groups.items()]
