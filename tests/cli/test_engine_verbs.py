@@ -145,7 +145,9 @@ def test_bench(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["peak_rss_bytes"] > 1 << 20
     for line in result["decode"]:
         assert line["tok_s"] == pytest.approx(line["batch"] / line["tpot_ms"] * 1e3)
-        assert line["share_of_bandwidth"] == pytest.approx(line["bytes_s"] / result["bandwidth_bytes_s"])
+        assert line["share_of_bandwidth"] == pytest.approx(line["bytes_s"] / line["bandwidth_bytes_s"])
+    prefill = result["prefill"]
+    assert prefill["share_of_bandwidth"] == pytest.approx(prefill["bytes_s"] / result["bandwidth_bytes_s"])
     for line in (result["prefill"], *result["decode"]):
         assert line["share_of_limit"] == max(line["share_of_bandwidth"], line["share_of_arithmetic"]) > 0
     assert result["decode"][1]["bytes_per_step"] > result["decode"][0]["bytes_per_step"]

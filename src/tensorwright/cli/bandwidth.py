@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tensorwright.errors import BuildError
 
-BUFFER_BYTES = 1 << 30  # several times any cache
+BUFFER_BYTES = 1 << 29  # several times any cache
 REPEATS = 7
 
 Buffer = NDArray[Any]

@@ -3,6 +3,8 @@
 Prompts are random tokens, different for every sequence, blocks are not reused, and end ids are ignored, so that every
 request has the lengths that were asked for. Figures are medians over the repeats. What the machine can do is measured
 in the same run: bytes read per second, and operations per second in the engine's own instructions (`roofline.py`).
+On shared machines the bandwidth changes from one minute to the next, so it is read just before and just after every
+stretch of decode steps, and a stretch is compared with its own two readings.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +59,25 @@ class Prefill(Speed):
 
 @dataclass(frozen=True)
 class Decode(Speed):
-    """A batch in steady decode: time of a step, tokens of all sequences per second."""
+    """A batch in steady decode: time of a step, tokens of all sequences per second; the bandwidth around it."""
 
     batch: int
     tpot_ms: float
     tok_s: float
+    bandwidth_bytes_s: float
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Decode steps in a row: seconds of one, and bytes that could be read per second, before and after."""
+
+    step_s: float
+    bandwidths: tuple[float, float]
+
+    @property
+    def bandwidth(self) -> float:
+        """The mean of the two readings."""
+        return statistics.fmean(self.bandwidths)
 
 
 @dataclass(frozen=True)
@@ -130,15 +146,18 @@ def measure(arguments: argparse.Namespace, communicator: Communicator | None) ->
     load_s = time.perf_counter() - started
     ttft_s = _first_token(llm, arguments.input_len, arguments.repeats)
     prompt_records = tuple(recorder.records) if recorder else ()
-    tpots = {batch: _step_time(llm, batch, arguments) for batch in arguments.batch_sizes}
-    peak = peak_memory_bytes()
-    limits = measure_limits(llm.engine, threads)
+    peaks = [peak_memory_bytes()]  # the probes' own memory does not count
+    stretches = {batch: _decode(llm, batch, arguments, threads, peaks) for batch in arguments.batch_sizes}
+    limits = measure_limits(llm.engine, threads, [each for found in stretches.values() for each in found])
     chunks = prefill_steps(arguments.input_len, llm.engine.limits.max_num_tokens)
     kv_length = arguments.input_len + arguments.output_len // 2
     prompt_work = work_of(llm.engine, chunks, limits)
-    step_work = {batch: work_of(llm.engine, [decode_step(batch, kv_length)], limits) for batch in tpots}
+    tpots = {batch: statistics.median(each.step_s for each in found) for batch, found in stretches.items()}
+    step_work = {batch: work_of(llm.engine, [decode_step(batch, kv_length)],
+                                replace(limits, bytes_s=_bandwidth(found))) for batch, found in stretches.items()}
     prefill = Prefill(**_speed(prompt_work, ttft_s), ttft_ms=ttft_s * 1e3, tok_s=arguments.input_len / ttft_s)
-    decode = tuple(Decode(**_speed(step_work[batch], step_s), batch=batch, tpot_ms=step_s * 1e3, tok_s=batch / step_s)
+    decode = tuple(Decode(**_speed(step_work[batch], step_s, stretches[batch]), batch=batch, tpot_ms=step_s * 1e3,
+                          tok_s=batch / step_s, bandwidth_bytes_s=_bandwidth(stretches[batch]))
                    for batch, step_s in tpots.items())
     profile: tuple[dict[str, Any], ...] = ()
     if recorder:
@@ -148,7 +167,7 @@ def measure(arguments: argparse.Namespace, communicator: Communicator | None) ->
                    *(profile_decode(llm.engine, recorder.records, step_work[batch], batch, kv_length, step_s)
                      for batch, step_s in tpots.items()))
     return Measurement(str(arguments.engine_dir), llm.engine.target, threads, arguments.input_len,
-                       arguments.output_len, load_s, peak, limits.bytes_s, limits.operations_s, prefill, decode,
+                       arguments.output_len, load_s, max(peaks), limits.bytes_s, limits.operations_s, prefill, decode,
                        profile)
 
 
@@ -173,15 +192,14 @@ def _open(arguments: argparse.Namespace, threads: int,
     return llm, recorder
 
 
-def measure_limits(engine: Engine, threads: int) -> RooflineLimits:
-    """What so many threads reach on this machine with the instructions of the engine's target."""
+def measure_limits(engine: Engine, threads: int, stretches: Sequence[Stretch]) -> RooflineLimits:
+    """The bandwidth found around all stretches, and the arithmetic of the engine's target on so many threads."""
     from tensorwright.cli.arithmetic import arithmetic_rates
-    from tensorwright.cli.bandwidth import read_bandwidth
     from tensorwright.cli.roofline import Limits, operand_widths
     from tensorwright.kernels.cpu.load import load_library
 
     library = load_library(engine.kernels(), glibc=engine.manifest["kernels"]["glibc"])
-    return Limits(read_bandwidth(threads), arithmetic_rates(library, threads, operand_widths(engine)))
+    return Limits(_bandwidth(stretches), arithmetic_rates(library, threads, operand_widths(engine)))
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -242,29 +260,44 @@ def _first_token(llm: LLM, input_len: int, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def _step_time(llm: LLM, batch: int, arguments: argparse.Namespace) -> float:
-    """Median seconds of a decode step of so many sequences."""
+def _decode(llm: LLM, batch: int, arguments: argparse.Namespace, threads: int, peaks: list[int]) -> list[Stretch]:
+    """One stretch of decode steps of so many sequences for each repeat; adds to `peaks` the memory in use after it."""
+    from tensorwright.cli.bandwidth import read_bandwidth
+    from tensorwright.cli.machine import resident_bytes
     from tensorwright.runtime.parameters import SamplingParameters
 
     parameters = SamplingParameters(max_tokens=arguments.output_len, end_ids=())
-    times = []
+    found = []
     for repeat in range(arguments.repeats):
         prompts = random_prompts(batch, arguments.input_len, llm.engine.vocab_size, seed=1000 * batch + repeat)
-        events = [(update.request_id, time.perf_counter(), len(update.token_ids))
-                  for update in llm.stream(prompts, parameters) if update.token_ids]
-        times.append(time_per_token(events))
-    return statistics.median(times)
+        before, events = 0.0, list[tuple[int, float, int]]()
+        for update in llm.stream(prompts, parameters):
+            if update.token_ids:
+                events.append((update.request_id, time.perf_counter(), len(update.token_ids)))
+            decoding = {sequence for sequence, _, _ in events}
+            if not before and len(decoding) == batch and update.request_id == max(decoding):  # the step's last update
+                before = read_bandwidth(threads)
+                events = [(sequence, time.perf_counter(), 0) for sequence in decoding]
+        peaks.append(resident_bytes())
+        found.append(Stretch(time_per_token(events), (before, read_bandwidth(threads))))
+    return found
 
 
-def _speed(works: Sequence[Work], seconds: float) -> dict[str, Any]:
-    """The fields of `Speed`, of ops that took so long together."""
+def _bandwidth(stretches: Sequence[Stretch]) -> float:
+    return statistics.median(each.bandwidth for each in stretches)
+
+
+def _speed(works: Sequence[Work], seconds: float, stretches: Sequence[Stretch] = ()) -> dict[str, Any]:
+    """The fields of `Speed` of ops that took so long together; with stretches, the median of their shares."""
     from tensorwright.cli.roofline import total
 
     work = total(works)
+    memory = statistics.median(work.bytes / each.step_s / each.bandwidth for each in stretches) if stretches else \
+        work.memory_s / seconds
+    arithmetic = None if work.arithmetic_s is None else work.arithmetic_s / seconds
     return {"bytes_per_step": work.bytes, "operations_per_step": work.operations, "bytes_s": work.bytes / seconds,
-            "operations_s": work.operations / seconds, "share_of_bandwidth": work.memory_s / seconds,
-            "share_of_arithmetic": None if work.arithmetic_s is None else work.arithmetic_s / seconds,
-            "share_of_limit": work.limit_s / seconds}
+            "operations_s": work.operations / seconds, "share_of_bandwidth": memory, "share_of_arithmetic": arithmetic,
+            "share_of_limit": max(memory, arithmetic or 0.0)}
 
 
 def _print(result: Measurement) -> None:

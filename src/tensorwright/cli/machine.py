@@ -39,10 +39,12 @@ def processor_name() -> str:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has had resident."""
-    for line in _text("/proc/self/status").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _own_memory("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The memory this process has resident now."""
+    return _own_memory("VmRSS")
 
 
 def free_disk_bytes(directory: Path) -> int:
@@ -65,6 +67,13 @@ def first_line(*command: str) -> str | None:
         return None
     lines = (result.stdout or result.stderr).strip().splitlines()
     return lines[0] if lines else ""
+
+
+def _own_memory(name: str) -> int:
+    for line in _text("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _meminfo(name: str) -> int:
