@@ -27,10 +27,10 @@ class Bar:
         value = self.values.get(OURS)
         if value is None:
             return "not measured"
-        if self.must is None:
-            return "not judged"
-        must = self._against(value, self.must)
         aim = None if self.aim is None else self._against(value, self.aim)
+        if self.must is None:
+            return "not judged" if aim is None else f"aim {'reached' if aim >= 1 else 'missed'}: {aim:.2f} × aim"
+        must = self._against(value, self.must)
         if must < 1:
             return f"missed: {must:.2f} × must"
         if aim is None:

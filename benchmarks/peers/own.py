@@ -83,7 +83,7 @@ def int8(shop: Workshop, repeats: int) -> Result:
     both = [[shop.bench(engine, "1", SHORT, ANSWER) for engine in engines] for _ in range(repeats)]
     runs, int4_runs = ([pair[index] for pair in both] for index in (0, 1))
     return {"runs": runs, "int4_runs": int4_runs}, [
-        Bar("S, int4, decode, batch 1", "of the bandwidth", {OURS: _decode(int4_runs, "share_of_bandwidth")}, None, 0.95),
+        Bar("S, int4, decode, batch 1", "of the bandwidth", {OURS: _decode(int4_runs, "share_of_bandwidth")}, aim=0.95),
         Bar("S, W8A16, decode, batch 1", "of the bandwidth", {OURS: _decode(runs, "share_of_bandwidth")}, 0.9),
         Bar("S, W8A16, decode, batch 1", "tok/s", {OURS: _decode(runs, "tok_s")}),
         Bar("S, W8A16, prefill", "tok/s", {OURS: _prefill(runs, "tok_s")})]
