@@ -11,14 +11,21 @@
 namespace tw {
 
 // Calls tile<ROWS> on runs of at most `most` rows; none is left with few rows for want of a better cut.
+// The next block is asked for while the first run passes; where weights say so, a quarter of its lines or more by each
+// of the first four runs: memory is not idle during the others then.
 template <class Weights>
 TW_INLINE void tiles(const uint8_t* panel, int k, int first, int last, const typename Weights::rows_type& rows,
                      int64_t num_rows, int most, float* sums) {
-  for (int64_t row = 0; row < num_rows;) {
+  const int64_t runs = (num_rows + most - 1) / most;
+  const bool is_shared = Weights::SHARES_PREFETCH && last - first == 1 && runs > 2;
+  const int64_t sharing = is_shared ? (runs < 4 ? runs : 4) : 1;
+  for (int64_t row = 0, number = 0; row < num_rows; number++) {
     int64_t left = num_rows - row;
+    int lines = 0;  // bit i: lines 4 n + i of the next block
+    for (int i = 0; i < 4; i++) lines |= (i * sharing / 4 == number) << i;
     int64_t count = left <= most ? left : left < 2 * most ? left - left / 2 : most;
     auto run = [&](auto constant) TW_INLINE_LAMBDA {
-      Weights::template tile<constant.value>(panel, k, first, last, rows.from_row(row), sums + row * PANEL, row == 0);
+      Weights::template tile<constant.value>(panel, k, first, last, rows.from_row(row), sums + row * PANEL, lines);
     };
     if constexpr (PANEL != TILE_COLUMNS)  // elsewhere a single row takes panel_times_row
       if (count == 1) run(index<1>());

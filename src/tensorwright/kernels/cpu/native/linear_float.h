@@ -57,6 +57,7 @@ template <class Weights>
 struct float_products {
   using rows_type = float_rows;
   static constexpr int64_t ROW_BYTES_PER_INPUT = 4;
+  static constexpr bool SHARES_PREFETCH = false;
   template <class Input>
   static constexpr bool NEEDS_PREPARATION = !Input::IS_PLAIN;
   template <class Input>
@@ -66,7 +67,7 @@ struct float_products {
     return {(const float*)scratch, Input::SIZE};
   }
   template <int ROWS>
-  static void tile(const uint8_t* panel, int k, int first, int last, const float_rows& rows, float* sums, bool) {
+  static void tile(const uint8_t* panel, int k, int first, int last, const float_rows& rows, float* sums, int) {
     float_tile<Weights, ROWS>(panel, k, first, last, rows, sums);
   }
   static void panel_times_row(const uint8_t* panel, int k, const float_rows& row, float* sums) {
