@@ -120,7 +120,7 @@ def _engine_file(reader: Reader, weights: bool) -> Facts:
     facts: Facts = {
         "built by": f"Tensorwright {metadata.get('builder')}, format {metadata.get('format_version')}",
         "target": f"{metadata.get('target')} ({metadata.get('architecture')})",
-        "features": metadata.get("features"), "glibc": manifest["kernels"]["glibc"],
+        "features": metadata.get("features"), "glibc": manifest["kernels"].get("glibc"),
         "rank": int(metadata["rank"]), "ranks": int(metadata["world_size"]),
         **_model_facts(manifest["model"]), "end_ids": manifest["end_ids"],
         "weights": _dtypes(program), "activations": _activations(program), "kv_cache": _cache_dtypes(program),

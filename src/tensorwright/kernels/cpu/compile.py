@@ -21,6 +21,7 @@ from pathlib import Path
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.elf import needed_libraries
 from tensorwright.kernels.interface import Source, Target
+from tensorwright.kernels.interface import symbols as kernel_symbols
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
 CORE_HEADERS = ("abi.h", "exports.h")
@@ -29,12 +30,6 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidd
          "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
          "-fopenmp-simd", "-static-libgcc", "-static-libstdc++", "-Wl,--as-needed", "-Wl,-z,relro,-z,now", "-s")
 SYSTEM_LIBRARIES = ("libc.so", "libm.so", "libpthread.so", "ld-linux", "ld-musl")
-
-
-def kernel_symbols(entries: Sequence[Source]) -> tuple[str, ...]:
-    """The exported name of each entry: equal function expressions share one, "tw_kernel_<i>"."""
-    distinct = list(dict.fromkeys(entry.function for entry in entries))
-    return tuple(f"tw_kernel_{distinct.index(entry.function)}" for entry in entries)
 
 
 def engine_source(entries: Sequence[Source]) -> str:

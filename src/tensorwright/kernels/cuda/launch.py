@@ -1,0 +1,94 @@
+"""How a GPU op is started, as plain data: the builder writes it into the manifest, the runtime reads it there.
+
+An op is a list of launches, one after the other. It knows no kernel, no driver and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensorwright.kernels.interface import Source
+
+Argument = str | int | float
+Arguments = tuple[Argument | tuple[Argument, ...], ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """times · ceil(symbol / per). Symbols are a step's `tokens`, `sequences`, `outputs`, `max_query_length` and
+    `table_width`, the op's own `rows` (tokens or outputs) and the GPU's `processors`; "one" is 1.
+    """
+
+    of: str = "one"
+    per: int = 1
+    times: int = 1
+
+    def at(self, symbols: Mapping[str, int]) -> int:
+        """The number for these sizes."""
+        return self.times * -(-symbols[self.of] // self.per)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, or one call of a library (`matmul`: c[rows, n] = a[rows, k] · b[n, k]ᵀ, c float32).
+
+    `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a structure
+    passed by value. An argument is an int (int32), a float (float32), "" (a null pointer), "sizes.tokens" (int32) or a
+    pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight), "scratch.x"; a pointer may
+    end in "+bytes".
+    """
+
+    function: str
+    grid: tuple[Size, Size, Size] = (Size(), Size(), Size())
+    threads: int = 256
+    shared_bytes: int = 0
+    arguments: Arguments = ()
+
+
+@dataclass(frozen=True)
+class GpuSource(Source):
+    """The launches of an op, and the scratch memory that lives while they run, by name in bytes."""
+
+    launches: tuple[Launch, ...] = ()
+    scratch: tuple[tuple[str, Size], ...] = ()
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Name expressions of the kernels among the launches."""
+        return tuple(launch.function for launch in self.launches if not is_library_call(launch.function))
+
+
+def gpu_source(headers: tuple[str, ...], *launches: Launch, scratch: Mapping[str, Size] | None = None) -> GpuSource:
+    """The launches of one op; a GPU op has no single function."""
+    return GpuSource(headers, "", launches, tuple((scratch or {}).items()))
+
+
+def is_library_call(function: str) -> bool:
+    """Whether a launch is a call of a library: kernels are names of the namespace tw."""
+    return not function.startswith("tw::")
+
+
+def scratch_offsets(scratch: Mapping[str, Size], symbols: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Where each piece of scratch memory begins, on 256 bytes, and how much there is in all."""
+    offsets, end = {}, 0
+    for name, size in scratch.items():
+        offsets[name] = end
+        end += -(-size.at(symbols) // 256) * 256
+    return offsets, end
+
+
+def to_json(source: GpuSource) -> dict[str, Any]:
+    """JSON values; headers stay behind."""
+    return {"launches": [asdict(launch) for launch in source.launches],
+            "scratch": {name: asdict(size) for name, size in source.scratch}}
+
+
+def from_json(data: Mapping[str, Any]) -> GpuSource:
+    """The inverse of `to_json`."""
+    launches = tuple(
+        Launch(launch["function"], tuple(Size(**size) for size in launch["grid"]), launch["threads"],
+               launch["shared_bytes"], tuple(tuple(a) if isinstance(a, list) else a for a in launch["arguments"]))
+        for launch in data["launches"])
+    return GpuSource((), "", launches, tuple((name, Size(**size)) for name, size in data["scratch"].items()))

@@ -1,0 +1,145 @@
+"""Runs the plan of a GPU engine: one copy in, launches or a recorded graph, one copy out.
+
+It knows the program, the engine's plan and the device's memory. It knows no requests and no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tensorwright.engine.engine import Engine
+from tensorwright.errors import RanksError, UsageError
+from tensorwright.kernels.cuda.targets import check_target
+from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.communicator import Communicator, check_ranks
+from tensorwright.runtime.cuda.driver import current_context, use_context
+from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes_of
+from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
+from tensorwright.runtime.cuda.plan import Plan
+from tensorwright.runtime.cuda.sampling import choose
+
+
+class CudaExecutor:
+    """`runtime.batch.Executor` over an engine's cubins."""
+
+    def __init__(self, engine: Engine, *, num_blocks: int, communicator: Communicator | None = None,
+                 graphs: bool = True) -> None:
+        """Take all memory and copy the weights. `graphs`: record steps of single tokens when they first come.
+
+        Raises IncompatibleEngineError for another GPU, RanksError for a wrong number of ranks, LimitError where
+        memory is too little.
+        """
+        check_target(engine.target, engine=str(engine.directory))
+        check_ranks(engine.world_size, communicator)
+        if engine.world_size > 1:
+            raise RanksError("GPU engines of several ranks cannot be run yet", mend="tensorwright convert --tp_size 1")
+        self.engine, self.program = engine, engine.program
+        self.vocab_size, self.num_blocks, self.block_size = engine.vocab_size, num_blocks, engine.tokens_per_block
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=self.device)  # makes the context, which modules are loaded into
+        self._context, self._graphs_wanted = current_context(), graphs
+        limits = engine.limits
+        self._max_tokens = limits.max_num_tokens
+        self._table_width = -(-limits.max_seq_len // self.block_size)
+        self._buckets = _buckets(min(limits.max_batch_size * limits.max_beam_width, self._max_tokens))
+        self._weights = Weights(engine, self.device)
+        self._caches = Caches(engine, num_blocks, self.device)
+        self._inputs = Inputs(self.device)
+        self._stream = torch.cuda.Stream(self.device)
+        self._bind(self._buckets[-1])
+
+    def _bind(self, max_outputs: int) -> None:
+        """Memory for so many rows of logits; graphs of other memory are dropped."""
+        self._max_outputs = max_outputs
+        rows = {"tokens": max(self._max_tokens, self._buckets[-1]), "outputs": max_outputs}
+        self._activations = Activations(self.engine, rows, self.device)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors)
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs_address = self._inputs.address
+        shape = (max_outputs, self.vocab_size)
+        self._host_logits = torch.empty(shape, dtype=torch.float32, pin_memory=True)
+
+    def execute(self, batch: Batch) -> Floats:
+        """Logits float32 [R, vocab] on the host, overwritten by the next call."""
+        outputs = batch.output_rows.shape[0]
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            self._run(batch, 0, len(self.program.ops))
+            self._host_logits[:outputs].copy_(self.logits[:outputs], non_blocking=True)
+        self._stream.synchronize()
+        return np.asarray(self._host_logits.numpy()[:outputs])
+
+    def execute_range(self, batch: Batch, begin: int, end: int) -> None:
+        """Run the ops begin .. end − 1 only; what earlier ops would have written must be in their buffers."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            self._run(batch, begin, end)
+        self._stream.synchronize()
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Where they are on the device, [rows, vocab]."""
+        return self._activations.buffer(self.program.ops[-1].outputs[0], self.vocab_size)
+
+    def _run(self, batch: Batch, begin: int, end: int) -> None:
+        use_context(self._context)  # of this thread: a server steps in another one than it loads in
+        if batch.token_ids.shape[0] > self._max_tokens:
+            raise UsageError(f"a step of {batch.token_ids.shape[0]} tokens; the engine holds {self._max_tokens}")
+        if batch.output_rows.shape[0] > self._max_outputs:
+            self._bind(batch.output_rows.shape[0])
+        is_whole = (begin, end) == (0, len(self.program.ops))
+        bucket = decode_bucket(batch, self._buckets, self._table_width) if is_whole and self._graphs_wanted else None
+        sizes = bucket or sizes_of(batch)
+        inputs = self._inputs.send(batch, sizes)
+        if self._graphs_address != self._inputs.address:
+            self._graphs, self._graphs_address = {}, self._inputs.address
+        if bucket is None or not self._replay(bucket, inputs):
+            self._plan.run(begin, end, sizes, inputs, self._stream.cuda_stream)
+
+    def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
+        """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
+        if bucket.tokens not in self._graphs:
+            self._graphs[bucket.tokens] = None
+            return False
+        graph = self._graphs[bucket.tokens]
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._plan.run(0, len(self.program.ops), bucket, inputs, self._stream.cuda_stream)
+            self._graphs[bucket.tokens] = graph
+        graph.replay()
+        return True
+
+    def buffer(self, name: str) -> NDArray[Any]:
+        """A copy of a buffer: caches whole, activations [rows, columns]."""
+        cache = self._caches.tensors.get(name)
+        if cache is None:
+            return np.asarray(self._activations.buffer(name, int(self.program.buffers[name].shape[1])).cpu().numpy())
+        if cache.dtype == torch.bfloat16:  # which NumPy does not know by itself
+            return np.asarray(cache.view(torch.int16).cpu().numpy()).view(ml_dtypes.bfloat16)
+        return np.asarray(cache.cpu().numpy())
+
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+        """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            tokens, log_probs = choose(torch.tensor(np.ascontiguousarray(logits), device=self.device), rows)
+            return tokens.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for source, destination in pairs:
+                self._caches.copy_block(source, destination)
+
+
+def _buckets(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to the first that holds all."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
