@@ -14,7 +14,7 @@ from tensorwright.runtime.parameters import SamplingParameters
 from tensorwright.runtime.sampling import choose
 from tensorwright.testing.differential import compare_steps
 from tensorwright.testing.engines import Recipe, build_engine
-from tensorwright.testing.single_ops import make_batch
+from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
 LENGTHS = (20, 13, 30, 1, 47, 16, 17, 5, 33, 2)  # of sequences, in blocks of 16

@@ -133,12 +133,13 @@ def _nvrtc() -> Any:
 
 
 def _include_folder() -> Path:
-    """The folder of cuda_fp16.h: a package's, or the toolkit's."""
+    """The folder of cuda_fp16.h and of what it includes: the packages', or the toolkit's."""
     places = [*(Path(entry) / "nvidia" / "cu13" / "include" for entry in sys.path), Path("/usr/local/cuda/include")]
     for place in places:
-        if (place / "cuda_fp16.h").is_file():
+        if (place / "cuda_fp16.h").is_file() and (place / "cccl" / "nv" / "target").is_file():
             return place
-    raise BuildError("building for a GPU needs the CUDA headers (cuda_fp16.h), which are not installed", mend=INSTALL)
+    raise BuildError("building for a GPU needs the CUDA headers (cuda_fp16.h and cccl), which are not installed",
+                     mend=INSTALL)
 
 
 def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
