@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tensorwright.builder.rebuild import EngineSource
+from tensorwright.engine.config import read_config
 from tensorwright.engine.engine import Engine
 from tensorwright.engine.format import Reader
-from tensorwright.engine.config import read_config
 from tensorwright.errors import BuildError, IncompatibleEngineError, UsageError
 from tensorwright.kernels.cuda.launch import from_json, to_json
 from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
@@ -19,7 +19,7 @@ from tensorwright.runtime.llm import LLM
 from tensorwright.testing.engines import Recipe, build_engine
 from tensorwright.testing.tiny import TinyModel
 
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC (the packages cuda-bindings and nvidia-cuda-nvrtc)")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
 
 

@@ -16,11 +16,13 @@ def tensor_of(weight: Weight, seed: int = 0) -> Tensor:
         return Tensor(random.standard_normal(weight.shape).astype(units.DTYPES[weight.dtype]))
     codes = random.integers(0, 256, (rows, inputs // 2 if weight.dtype == "int4" else inputs)).astype(np.uint8)
     scales = random.standard_normal((rows, inputs // weight.group_size) if weight.group_size > 0 else rows)
-    return Tensor(codes if weight.dtype == "int4" else codes.view(np.int8), scales.astype(units.DTYPES[weight.scale_dtype]))
+    scales = scales.astype(units.DTYPES[weight.scale_dtype])
+    return Tensor(codes if weight.dtype == "int4" else codes.view(np.int8), scales)
 
 
 @pytest.mark.parametrize(("dtype", "group", "shape", "layout"), [
-    ("int4", 128, (1024, 256), units.ROPE), ("int4", 32, (50, 96), units.IN_ORDER), ("int8", -1, (96, 200), units.GATED),
+    ("int4", 128, (1024, 256), units.ROPE), ("int4", 32, (50, 96), units.IN_ORDER),
+    ("int8", -1, (96, 200), units.GATED),
     ("int4", -1, (40, 130), units.IN_ORDER), ("int8", 64, (2000, 64), units.IN_ORDER),
     ("float16", 0, (33, 65), units.IN_ORDER), ("bfloat16", 0, (64, 256), units.GATED)])
 def test_unpacking_is_the_inverse_of_packing(dtype: str, group: int, shape: tuple[int, int], layout: str) -> None:
@@ -34,7 +36,7 @@ def test_unpacking_is_the_inverse_of_packing(dtype: str, group: int, shape: tupl
 
 
 def test_a_lane_finds_its_rows_and_inputs() -> None:
-    """native/weights.cuh: piece (load, lane) of int4 codes holds quarters 2 · load and 2 · load + 1 of rows g, g + 8."""
+    """native/weights.cuh: piece (load, lane) of int4 codes: quarters 2 · load and 2 · load + 1 of rows g and g + 8."""
     weight = Weight("w", (16, 128), "int4", 128, "float16")
     tensor = tensor_of(weight)
     codes = np.stack((tensor.values & 15, tensor.values >> 4), axis=-1).reshape(16, 128)

@@ -40,7 +40,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 @pytest.fixture(scope="module")
 def engine_dir(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build = {"max_batch_size": 16, "max_num_tokens": 256}
+    build = {"target": "native", "max_batch_size": 16, "max_num_tokens": 256}
     return build_engine(Recipe(**{**vars(recipe), "build": build}), tmp_path_factory.mktemp("gpu"))
 
 
@@ -82,7 +82,8 @@ def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
 
     executor = CudaExecutor(Engine.open(engine_dir), num_blocks=4)
     random = np.random.default_rng(5)
-    rows = [SamplingRow(), SamplingRow(temperature=0.7, uniform=0.3), SamplingRow(temperature=1.0, top_k=5, uniform=0.9),
+    rows = [SamplingRow(), SamplingRow(temperature=0.7, uniform=0.3),
+            SamplingRow(temperature=1.0, top_k=5, uniform=0.9),
             SamplingRow(temperature=1.3, top_p=0.8, uniform=0.99), SamplingRow(temperature=1.0, min_p=0.1, uniform=0.5),
             SamplingRow(biased=(3, 4), biases=(9.0, -np.inf)),
             SamplingRow(temperature=0.8, top_k=40, top_p=0.9, uniform=0.2, repetition_penalty=1.3, presence_penalty=0.5,

@@ -140,7 +140,8 @@ def _run_quietly(job: _Job) -> int:
 
 
 def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
-    return {"version": tensorwright.__version__, "target": asdict(target), **backend_of(target.architecture).facts(target),
+    own = backend_of(target.architecture).facts(target)
+    return {"version": tensorwright.__version__, "target": asdict(target), **own,
             "tokens_per_block": options.tokens_per_block, "exact": options.exact}
 
 

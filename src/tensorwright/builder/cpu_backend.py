@@ -28,8 +28,8 @@ class CpuBackend:
     rounds_activations = True
 
     def resolve_target(self, name: str) -> Target:
-        """See `kernels.cpu.targets`."""
-        return resolve_target(name)
+        """See `kernels.cpu.targets`; "cpu" is this machine's, where "native" might be its GPU."""
+        return resolve_target("native" if name == "cpu" else name)
 
     def facts(self, target: Target) -> Mapping[str, Any]:
         """Compiler and processor."""

@@ -1,7 +1,7 @@
 """From kernel templates to cubins: one NVRTC program for each set of headers, in parallel, kept between builds.
 
-It knows NVRTC and its options. It does not know ops: `GpuSource` says which headers and which functions. Nothing here is
-needed to run an engine.
+It knows NVRTC and its options. It does not know ops: `GpuSource` says which headers and which functions. Running an
+engine needs nothing of this.
 """
 
 from __future__ import annotations

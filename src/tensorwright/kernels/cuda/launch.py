@@ -34,10 +34,10 @@ class Size:
 class Launch:
     """One launch of a kernel, or one call of a library (`matmul`: c[rows, n] = a[rows, k] · b[n, k]ᵀ, c float32).
 
-    `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a structure
-    passed by value. An argument is an int (int32), a float (float32), "" (a null pointer), "sizes.tokens" (int32) or a
-    pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight), "scratch.x"; a pointer may
-    end in "+bytes".
+    `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a
+    structure passed by value. An argument is an int (int32), a float (float32), "sizes.tokens" (int32), "" (a null
+    pointer) or a pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight) or
+    "scratch.x". A pointer may end in "+bytes".
     """
 
     function: str

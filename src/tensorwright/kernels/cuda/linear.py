@@ -1,8 +1,8 @@
 """The linear op on GPUs: which launches run it, for few tokens and for many. Layouts are `units.py`'s matter.
 
 Up to 8 tokens, native/linear_small.cuh streams the packed weight once through the tensor cores. Beyond, the weight is
-unpacked to 16-bit rows, piece by piece, for a library's matrix product. x is rounded to the model's 16-bit type in both;
-codes are exact in the first, code · scale is rounded in the second; sums are float32.
+unpacked to 16-bit rows, piece by piece, for a library's matrix product. Both round x to the model's 16-bit type; codes
+are exact in the first, code · scale is rounded in the second; sums are float32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Linear:
     name = "linear"
 
     def supports(self, op: Op, program: Program, target: Target) -> bool:
-        """16-bit, int8 and int4 weights with scales of the same 16-bit type; activations that are not rounded to int8."""
+        """16-bit, int8 and int4 weights with 16-bit scales; activations that are not rounded to int8."""
         if op.kind != "linear" or ("norm" in op.weights and _attribute(op, "gate")):
             return False
         weight = _weight(op, program)
@@ -88,7 +88,8 @@ class Linear:
         weight = _weight(op, program)
         outputs, inputs = weight.shape
         read = inputs * (2 if _attribute(op, "gate") else 1) + outputs * (len(op.inputs) - 1)
-        return Cost(units.Shape(weight).bytes + 4.0 * num_tokens * (read + outputs), 2.0 * num_tokens * outputs * inputs)
+        return Cost(units.Shape(weight).bytes + 4.0 * num_tokens * (read + outputs),
+                    2.0 * num_tokens * outputs * inputs)
 
     def reference(self, op: Op, program: Program, inputs: Mapping[str, Array],
                   weights: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -107,7 +108,7 @@ class Linear:
 
 
 def _prepared(op: Op, given: Mapping[str, Array], numbers: Mapping[str, Array]) -> Array:
-    """x' in float32: the product with the identity is the input itself."""
+    """X' in float32: the product with the identity is the input itself."""
     width = numbers["weight"].shape[1]
     roles = {"weight": np.eye(width, dtype=np.float32)} | {r: numbers[r] for r in ("norm",) if r in numbers}
     alone = replace(op, inputs=op.inputs[:1], weights=dict.fromkeys(roles, ""))
@@ -126,8 +127,8 @@ def _few(op: Op, program: Program, tactic: Tactic) -> GpuSource:
     given = ("weights.weight", "scratch.x", "", _row_scales(shape), 0.0)
     return gpu_source(
         ("linear.cuh",), _input(op, program, tokens),
-        Launch(kernel, (Size("processors"), Size(), Size()), 32 * WARPS, _shared_bytes(weight, tokens, stages, stage_units),
-               (given, _output(op))),
+        Launch(kernel, (Size("processors"), Size(), Size()), 32 * WARPS,
+               _shared_bytes(weight, tokens, stages, stage_units), (given, _output(op))),
         scratch={"x": Size(times=tokens * shape.units * units.UNIT_INPUTS * 2)})
 
 
@@ -142,8 +143,8 @@ def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
     for tile in range(0, shape.tiles, piece_tiles):
         tiles = min(piece_tiles, shape.tiles - tile)
         columns = tiles * units.UNIT_ROWS
-        finish = (f"tw::linear_output<{NATIVE_TYPES[_dtype_name(weight)]}, {_order(tactic.layout, outputs)}, {outputs}, "
-                  f"{columns}, {_flag(shape.has_row_scales)}>")
+        finish = (f"tw::linear_output<{NATIVE_TYPES[_dtype_name(weight)]}, {_order(tactic.layout, outputs)}, "
+                  f"{outputs}, {columns}, {_flag(shape.has_row_scales)}>")
         launches += [
             Launch(f"tw::unpack_units<{_native_weights(weight)}, {shape.units}>",
                    (Size(times=shape.units), Size(times=tiles), Size()), 32, 0,
@@ -153,11 +154,12 @@ def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
             Launch(finish, (Size("rows"), Size(times=-(-columns // 256)), Size()), 256, 0,
                    ("scratch.product", _row_scales(shape), _output(op), tile * units.UNIT_ROWS))]
     return gpu_source(("linear.cuh",), *launches, scratch={
-        "x": Size("rows", times=padded * 2), "panel": Size(times=width * padded * 2), "product": Size("rows", times=width * 4)})
+        "x": Size("rows", times=padded * 2), "panel": Size(times=width * padded * 2),
+        "product": Size("rows", times=width * 4)})
 
 
 def _input(op: Op, program: Program, tokens: int) -> Launch:
-    """x' in 16 bits: in input order for so many tokens, or row after row."""
+    """X' in 16 bits: in input order for so many tokens, or row after row."""
     weight = _weight(op, program)
     gate = _attribute(op, "gate") or "none"
     shape = (NATIVE_TYPES[_dtype_name(weight)], weight.shape[1], units.Shape(weight).units * units.UNIT_INPUTS,
@@ -176,7 +178,7 @@ def _row_scales(shape: units.Shape) -> str:
 
 
 def _ring(weight: Weight, tokens: int, limit: int) -> tuple[int, int] | None:
-    """(stages, units of a stage) of each warp's ring: a few KB a stage, as many stages as fit, 2 to 8; None: too little."""
+    """(stages, units of a stage) of each warp's ring: large stages, then as many as fit, 2 to 8; None: not even two."""
     groups = units.Shape(weight).units
     for stage_units in (8, 7, 5, 4, 2, 1):
         if stage_units > 1 and groups % (WARPS * stage_units):

@@ -1,8 +1,8 @@
 """Packed weights of GPU linears, and the way back. native/weights.cuh reads the same; it knows bytes, not ops.
 
-A weight [N, K], padded with zeros to [16 n, 128 k], is n · k units of 16 rows and 128 inputs, each in the order in which
-the tensor core wants its numbers (native/weights.cuh draws it), followed by its scales; with one scale per row, all
-scales follow the last unit. Rows are ordered so that what an epilogue combines lies 8 rows apart in a tile of 16:
+A weight [N, K], padded with zeros to [16 n, 128 k], is n · k units of 16 rows and 128 inputs, each in the order that
+the tensor core wants (native/weights.cuh draws it), followed by its scales; with one scale per row, all scales follow
+the last unit. Rows are ordered so that what an epilogue combines lies 8 rows apart in a tile of 16:
 
 - "units": as they come.
 - "units.rope": numbers d and d + 64 of heads of 128.

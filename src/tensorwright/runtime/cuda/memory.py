@@ -114,5 +114,6 @@ def _empty(shape: Any, device: torch.device, what: str, dtype: torch.dtype = tor
         return torch.empty(shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         free = free_bytes()
-        raise LimitError(f"{what} do not fit into the GPU's memory: {free / 2**30:.2f} GiB are free",
-                         mend="end other programs on the GPU, or give a smaller --max_tokens_in_paged_kv_cache") from None
+        raise LimitError(
+            f"{what} do not fit into the GPU's memory: {free / 2**30:.2f} GiB are free",
+            mend="end other programs on the GPU, or give a smaller --max_tokens_in_paged_kv_cache") from None

@@ -1,4 +1,4 @@
-"""An engine's plan bound to memory: every op's launches with their addresses. It knows launches, not what they compute."""
+"""An engine's plan bound to memory: every op's launches with their addresses. It knows launches, not their meaning."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Plan:
         launch.call.launch([size.at(symbols) for size in launch.grid], stream)
 
     def _multiply(self, m: _Matmul, offsets: Symbols, rows: int) -> None:
-        """c = a · bᵀ, 16-bit numbers, float32 sums and results."""
+        """C = a · bᵀ, 16-bit numbers, float32 sums and results."""
         a = self._matrix(offsets[m.a], rows, m.inner, m.dtype)
         b = self._matrix(offsets[m.b], m.columns, m.inner, m.dtype)
         c = self._matrix(offsets[m.c], rows, m.columns, torch.float32)

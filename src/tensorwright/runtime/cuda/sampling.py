@@ -1,4 +1,4 @@
-"""`runtime.sampling` on the device, with torch: one token a row, whatever its parameters. It knows rows of logits only."""
+"""`runtime.sampling` on the device, with torch: one token a row, whatever its parameters. It knows only logits."""
 
 from __future__ import annotations
 
