@@ -64,7 +64,8 @@ def test_a_recorded_step_gives_the_bits_of_a_launched_one(engine_dir: Path) -> N
         batch = make_batch([(1, length) for length in LENGTHS[:count]], 16)[0]
         batch = type(batch)(**{**vars(batch), "output_rows": np.arange(count, dtype=np.int32)})
         for _ in range(3):
-            np.testing.assert_array_equal(recorded.execute(batch), launched.execute(batch))
+            np.testing.assert_array_equal(np.asarray(recorded.execute(batch)),
+                                          np.asarray(launched.execute(batch)))
 
 
 def test_requests_do_not_depend_on_the_batch_but_for_near_ties(engine_dir: Path) -> None:
@@ -77,8 +78,25 @@ def test_requests_do_not_depend_on_the_batch_but_for_near_ties(engine_dir: Path)
     assert same >= 5  # random weights have near-ties; text of real ones is compared by the demo
 
 
-def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
+def test_the_greedy_choice_of_a_step_is_the_reference_s(engine_dir: Path) -> None:
     from tensorwright.runtime.cuda.executor import CudaExecutor
+
+    executor = CudaExecutor(Engine.open(engine_dir), num_blocks=32)
+    batch = make_batch([(length, length) for length in LENGTHS], 16, num_outputs=12)[0]
+    logits = executor.execute(batch)
+    values = np.asarray(logits)
+    wanted, wanted_log_probs = choose(values, [SamplingRow()] * len(values))
+    tokens, log_probs = executor.sample(logits, [SamplingRow()] * len(values))
+    assert tokens.tolist() == wanted.tolist()
+    np.testing.assert_allclose(log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits.sum(axis=1), values.sum(axis=1), rtol=1e-3, atol=1e-2)
+
+
+def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
+    import torch
+
+    from tensorwright.runtime.cuda.executor import CudaExecutor
+    from tensorwright.runtime.cuda.logits import DeviceLogits
 
     executor = CudaExecutor(Engine.open(engine_dir), num_blocks=4)
     random = np.random.default_rng(5)
@@ -89,7 +107,7 @@ def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
             SamplingRow(temperature=0.8, top_k=40, top_p=0.9, uniform=0.2, repetition_penalty=1.3, presence_penalty=0.5,
                         frequency_penalty=0.1, seen=(1, 2, 7), counts=(0, 1, 4))]
     logits = (random.standard_normal((len(rows), 300)) * 3).astype(np.float32)
-    tokens, log_probs = executor.sample(logits, rows)
+    tokens, log_probs = executor.sample(DeviceLogits(torch.tensor(logits, device="cuda"), logits[:, :4]), rows)
     wanted, wanted_log_probs = choose(logits, rows)
     assert tokens.tolist() == wanted.tolist()
     np.testing.assert_allclose(log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)

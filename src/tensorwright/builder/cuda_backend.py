@@ -11,8 +11,10 @@ from tensorwright.builder.passes import PASSES, Pass
 from tensorwright.builder.plan import Plan
 from tensorwright.builder.tune import CacheFiles, Tuning
 from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version
+from tensorwright.kernels.cuda.decode import decode_stretches
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.registry import KERNELS
+from tensorwright.kernels.cuda.sample import GREEDY, greedy_source
 from tensorwright.kernels.cuda.targets import can_overlap, resolve_target
 from tensorwright.kernels.interface import Kernel, Target, symbols
 from tensorwright.program.program import Program
@@ -37,6 +39,9 @@ class CudaBackend:
         """Cubins one after the other; where each begins, its kernels, and each entry point's launches."""
         sources = {symbol: source for symbol, source in zip(symbols(plan.sources), plan.sources, strict=True)
                    if isinstance(source, GpuSource)}
+        sources[GREEDY] = greedy_source(plan.program)
+        stretches = decode_stretches(plan.program, plan.target, _layouts(plan))
+        sources |= {f"decode_{stretch.tokens}": stretch.source for stretch in stretches}
         modules = compile_modules(sources.values(), plan.target)
         code, starts = b"", []
         for module in modules:
@@ -47,6 +52,8 @@ class CudaBackend:
         return Compiled(code, {
             "flags": list(plan.target.flags), "nvrtc": nvrtc_version(), "overlap": can_overlap(plan.target),
             "modules": [[start, len(module.cubin)] for start, module in zip(starts, modules, strict=True)],
+            "stretches": [{"begin": s.begin, "end": s.end, "tokens": s.tokens, "processors": s.processors,
+                           "entry": f"decode_{s.tokens}"} for s in stretches],
             "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}})
 
     def can_measure(self, target: Target) -> bool:
@@ -57,3 +64,12 @@ class CudaBackend:
              report: Report) -> Tuning:
         """No times."""
         return Tuning()
+
+
+def _layouts(plan: Plan) -> dict[str, str]:
+    """The layout of each weight: its first op's, as it is packed."""
+    layouts: dict[str, str] = {}
+    for choice in plan.choices:
+        for name in choice.op.weights.values():
+            layouts.setdefault(name, choice.tactic.layout)
+    return layouts

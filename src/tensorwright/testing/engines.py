@@ -42,7 +42,8 @@ def convert_tiny(recipe: Recipe, folder: Path) -> Path:
 def build_engine(recipe: Recipe, folder: Path) -> Path:
     """The engine folder of a recipe; the model's and checkpoint's folders lie beside it."""
     checkpoint = convert_tiny(recipe, folder)
-    limits = {"target": "cpu", "max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True, **recipe.build}
+    limits = {"target": "cpu", "max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True,
+              **recipe.build}
     build(BuildOptions(checkpoint_dir=checkpoint, output_dir=folder / "engine", **limits), _quiet)
     return folder / "engine"
 

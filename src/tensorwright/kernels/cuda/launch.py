@@ -36,8 +36,9 @@ class Launch:
 
     `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a
     structure passed by value. An argument is an int (int32), a float (float32), "sizes.tokens" (int32), "" (a null
-    pointer) or a pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight) or
-    "scratch.x". A pointer may end in "+bytes".
+    pointer) or a pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight),
+    "scratch.x", "zeros.x", "tables.x", or, of no op, "batch.positions" and "named.layers.0.kv" (a weight or buffer of
+    the program). A pointer may end in "+bytes".
     """
 
     function: str
@@ -49,15 +50,34 @@ class Launch:
 
 @dataclass(frozen=True)
 class GpuSource(Source):
-    """The launches of an op, and the scratch memory that lives while they run, by name in bytes."""
+    """The launches of an op or of a stretch of ops, and memory by name.
+
+    `scratch`, in bytes, lives while they run. `zeros`, in bytes, is theirs alone and zero before the first launch.
+    `tables` are arrays of pointers.
+    """
 
     launches: tuple[Launch, ...] = ()
     scratch: tuple[tuple[str, Size], ...] = ()
+    zeros: tuple[tuple[str, int], ...] = ()
+    tables: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def functions(self) -> tuple[str, ...]:
         """Name expressions of the kernels among the launches."""
         return tuple(launch.function for launch in self.launches if not is_library_call(launch.function))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Another way to run ops begin .. end − 1 (end excluded) in decode steps of so many sequences, each with one token
+    and one row of logits. It leaves behind what those ops leave that others read, on GPUs of so many processors.
+    """
+
+    begin: int
+    end: int
+    tokens: int
+    processors: int
+    source: GpuSource
 
 
 def gpu_source(headers: tuple[str, ...], *launches: Launch, scratch: Mapping[str, Size] | None = None) -> GpuSource:
@@ -82,7 +102,8 @@ def scratch_offsets(scratch: Mapping[str, Size], symbols: Mapping[str, int]) -> 
 def to_json(source: GpuSource) -> dict[str, Any]:
     """JSON values; headers stay behind."""
     return {"launches": [asdict(launch) for launch in source.launches],
-            "scratch": {name: asdict(size) for name, size in source.scratch}}
+            "scratch": {name: asdict(size) for name, size in source.scratch},
+            "zeros": dict(source.zeros), "tables": {name: list(pointers) for name, pointers in source.tables}}
 
 
 def from_json(data: Mapping[str, Any]) -> GpuSource:
@@ -91,4 +112,6 @@ def from_json(data: Mapping[str, Any]) -> GpuSource:
         Launch(launch["function"], tuple(Size(**size) for size in launch["grid"]), launch["threads"],
                launch["shared_bytes"], tuple(tuple(a) if isinstance(a, list) else a for a in launch["arguments"]))
         for launch in data["launches"])
-    return GpuSource((), "", launches, tuple((name, Size(**size)) for name, size in data["scratch"].items()))
+    scratch = tuple((name, Size(**size)) for name, size in data["scratch"].items())
+    tables = tuple((name, tuple(pointers)) for name, pointers in data["tables"].items())
+    return GpuSource((), "", launches, scratch, tuple(data["zeros"].items()), tables)

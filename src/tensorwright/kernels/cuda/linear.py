@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorwright.kernels.cuda import units
 from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
-from tensorwright.kernels.cuda.launch import GpuSource, Launch, Size, gpu_source
+from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, gpu_source
 from tensorwright.kernels.cuda.targets import SHARED_BYTES
 from tensorwright.kernels.interface import Array, Cost, Source, Tactic, Target, Tensor
 from tensorwright.program.ops import ACTIVATIONS, ATTRIBUTE_DEFAULTS, OPS
@@ -116,20 +116,25 @@ def _prepared(op: Op, given: Mapping[str, Array], numbers: Mapping[str, Array]) 
 
 
 def _few(op: Op, program: Program, tactic: Tactic) -> GpuSource:
+    shape, tokens = units.Shape(_weight(op, program)), tactic.parameters["tokens"]
+    given = ("weights.weight", "scratch.x", "", _row_scales(shape), 0.0)
+    return gpu_source(("linear.cuh",), _input(op, program, tokens),
+                      small_linear(op, program, tactic, given, _output(op)),
+                      scratch={"x": Size(times=tokens * shape.units * units.UNIT_INPUTS * 2)})
+
+
+def small_linear(op: Op, program: Program, tactic: Tactic, given: tuple[Argument, ...], output: tuple[Argument, ...],
+                 partial_sums: int = 0) -> Launch:
+    """The launch over an input in input order. `partial_sums` of squares of it: the norm that is yet to be applied."""
     weight, tokens = _weight(op, program), tactic.parameters["tokens"]
-    shape = units.Shape(weight)
-    outputs = weight.shape[0]
+    shape, outputs = units.Shape(weight), weight.shape[0]
     stages, stage_units = tactic.parameters["stages"], tactic.parameters["stage_units"]
     order = _order(tactic.layout, outputs)
-    kernel = (f"tw::small_linear<{_native_weights(weight)}, {shape.tiles * units.UNIT_ROWS}, "
-              f"{shape.units * units.UNIT_INPUTS}, {tokens}, {WARPS}, {stages}, {stage_units}, 0, "
+    kernel = (f"tw::small_linear<{native_weights(weight)}, {shape.tiles * units.UNIT_ROWS}, "
+              f"{shape.units * units.UNIT_INPUTS}, {tokens}, {WARPS}, {stages}, {stage_units}, {partial_sums}, "
               f"tw::Rows<{order}, {outputs}>>")
-    given = ("weights.weight", "scratch.x", "", _row_scales(shape), 0.0)
-    return gpu_source(
-        ("linear.cuh",), _input(op, program, tokens),
-        Launch(kernel, (Size("processors"), Size(), Size()), 32 * WARPS,
-               _shared_bytes(weight, tokens, stages, stage_units), (given, _output(op))),
-        scratch={"x": Size(times=tokens * shape.units * units.UNIT_INPUTS * 2)})
+    return Launch(kernel, (Size("processors"), Size(), Size()), 32 * WARPS,
+                  _shared_bytes(weight, tokens, stages, stage_units), (given, output))
 
 
 def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
@@ -146,7 +151,7 @@ def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
         finish = (f"tw::linear_output<{NATIVE_TYPES[_dtype_name(weight)]}, {_order(tactic.layout, outputs)}, "
                   f"{outputs}, {columns}, {_flag(shape.has_row_scales)}>")
         launches += [
-            Launch(f"tw::unpack_units<{_native_weights(weight)}, {shape.units}>",
+            Launch(f"tw::unpack_units<{native_weights(weight)}, {shape.units}>",
                    (Size(times=shape.units), Size(times=tiles), Size()), 32, 0,
                    ("weights.weight", "scratch.panel", tile)),
             Launch("matmul", arguments=("scratch.x", "scratch.panel", "scratch.product", columns, padded,
@@ -218,7 +223,7 @@ def _order(layout: str, rows: int) -> str:
     return {units.ROPE: "tw::RopePairs", units.GATED: f"tw::GatePairs<{rows // 2}>"}.get(layout, "tw::InOrder")
 
 
-def _native_weights(weight: Weight) -> str:
+def native_weights(weight: Weight) -> str:
     """The C++ type that reads a unit."""
     number = NATIVE_TYPES[_dtype_name(weight)]
     if not weight.is_quantized:

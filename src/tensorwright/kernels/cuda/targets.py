@@ -14,6 +14,8 @@ DEVICE = Path("/dev/nvidia0")
 SHARED_BYTES: Mapping[str, int] = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
     "sm_120": 99 << 10}
+# Of the GPUs whose kernels take one block on each for a whole step (H100 and H200 SXM).
+PROCESSORS: Mapping[str, int] = {"sm_90": 132}
 TARGET_NAMES = tuple(SHARED_BYTES)
 
 

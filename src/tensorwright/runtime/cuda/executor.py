@@ -20,17 +20,21 @@ from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks
 from tensorwright.runtime.cuda.driver import current_context, use_context
 from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes_of
+from tensorwright.runtime.cuda.logits import DeviceLogits
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
 from tensorwright.runtime.cuda.plan import Plan
-from tensorwright.runtime.cuda.sampling import choose
+from tensorwright.runtime.cuda.sampling import choose, is_greedy
 
 
 class CudaExecutor:
     """`runtime.batch.Executor` over an engine's cubins."""
 
     def __init__(self, engine: Engine, *, num_blocks: int, communicator: Communicator | None = None,
-                 graphs: bool = True) -> None:
-        """Take all memory and copy the weights. `graphs`: record steps of single tokens when they first come.
+                 graphs: bool = True, stretches: bool = True) -> None:
+        """Take all memory and copy the weights.
+
+        `graphs`: record steps of single tokens when they first come. `stretches`: run several ops at once where the
+        engine has kernels for it. Tests compare both with neither.
 
         Raises IncompatibleEngineError for another GPU, RanksError for a wrong number of ranks, LimitError where
         memory is too little.
@@ -43,7 +47,7 @@ class CudaExecutor:
         self.vocab_size, self.num_blocks, self.block_size = engine.vocab_size, num_blocks, engine.tokens_per_block
         self.device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=self.device)  # makes the context, which modules are loaded into
-        self._context, self._graphs_wanted = current_context(), graphs
+        self._context, self._graphs_wanted, self._stretches_wanted = current_context(), graphs, stretches
         limits = engine.limits
         self._max_tokens = limits.max_num_tokens
         self._table_width = -(-limits.max_seq_len // self.block_size)
@@ -60,20 +64,21 @@ class CudaExecutor:
         rows = {"tokens": max(self._max_tokens, self._buckets[-1]), "outputs": max_outputs}
         self._activations = Activations(self.engine, rows, self.device)
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors)
+        self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors,
+                          stretches=self._stretches_wanted)
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._graphs_address = self._inputs.address
-        shape = (max_outputs, self.vocab_size)
-        self._host_logits = torch.empty(shape, dtype=torch.float32, pin_memory=True)
+        self._chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, device=self.device)
+        self._host_chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, pin_memory=True)
 
-    def execute(self, batch: Batch) -> Floats:
-        """Logits float32 [R, vocab] on the host, overwritten by the next call."""
+    def execute(self, batch: Batch) -> DeviceLogits:
+        """Logits float32 [R, vocab] on the device, overwritten by the next call, with the greedy choice of each row."""
         outputs = batch.output_rows.shape[0]
         with torch.cuda.stream(self._stream), torch.no_grad():
             self._run(batch, 0, len(self.program.ops))
-            self._host_logits[:outputs].copy_(self.logits[:outputs], non_blocking=True)
+            self._host_chosen[:outputs].copy_(self._chosen[:outputs], non_blocking=True)
         self._stream.synchronize()
-        return np.asarray(self._host_logits.numpy()[:outputs])
+        return DeviceLogits(self.logits[:outputs], self._host_chosen.numpy()[:outputs].copy())
 
     def execute_range(self, batch: Batch, begin: int, end: int) -> None:
         """Run the ops begin .. end − 1 only; what earlier ops would have written must be in their buffers."""
@@ -93,13 +98,20 @@ class CudaExecutor:
         if batch.output_rows.shape[0] > self._max_outputs:
             self._bind(batch.output_rows.shape[0])
         is_whole = (begin, end) == (0, len(self.program.ops))
-        bucket = decode_bucket(batch, self._buckets, self._table_width) if is_whole and self._graphs_wanted else None
+        bucket = decode_bucket(batch, self._buckets, self._table_width) if is_whole else None
         sizes = bucket or sizes_of(batch)
         inputs = self._inputs.send(batch, sizes)
         if self._graphs_address != self._inputs.address:
             self._graphs, self._graphs_address = {}, self._inputs.address
-        if bucket is None or not self._replay(bucket, inputs):
-            self._plan.run(begin, end, sizes, inputs, self._stream.cuda_stream)
+        if bucket is None or not self._graphs_wanted or not self._replay(bucket, inputs):
+            self._launch(begin, end, sizes, inputs)
+
+    def _launch(self, begin: int, end: int, sizes: Sizes, inputs: dict[str, int]) -> None:
+        """Ops one after the other and, after the last, the greedy choice."""
+        stream = self._stream.cuda_stream
+        self._plan.run(begin, end, sizes, inputs, stream)
+        if end == len(self.program.ops) and sizes.outputs:
+            self._plan.choose(sizes.outputs, int(self.logits.data_ptr()), int(self._chosen.data_ptr()), stream)
 
     def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
         """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
@@ -110,7 +122,7 @@ class CudaExecutor:
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
-                self._plan.run(0, len(self.program.ops), bucket, inputs, self._stream.cuda_stream)
+                self._launch(0, len(self.program.ops), bucket, inputs)
             self._graphs[bucket.tokens] = graph
         graph.replay()
         return True
@@ -124,10 +136,12 @@ class CudaExecutor:
             return np.asarray(cache.view(torch.int16).cpu().numpy()).view(ml_dtypes.bfloat16)
         return np.asarray(cache.cpu().numpy())
 
-    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+    def sample(self, logits: DeviceLogits, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
         """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
+        if all(is_greedy(row) for row in rows):
+            return logits.greedy
         with torch.cuda.stream(self._stream), torch.no_grad():
-            tokens, log_probs = choose(torch.tensor(np.ascontiguousarray(logits), device=self.device), rows)
+            tokens, log_probs = choose(logits.values, rows)
             return tokens.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -22,6 +22,7 @@ class Sizes:
     outputs: int
     table_width: int
     max_query_length: int
+    is_decode: bool = False  # one token and one row of logits for every sequence, in order; padded to a bucket
 
     def of(self, name: str) -> int:
         """Numbers of a batch input."""
@@ -91,4 +92,4 @@ def decode_bucket(batch: Batch, buckets: tuple[int, ...], table_width: int) -> S
         return None
     if batch.output_rows.shape[0] != count or not (batch.output_rows == np.arange(count)).all():
         return None
-    return Sizes(bucket, bucket, bucket, table_width, 1)
+    return Sizes(bucket, bucket, bucket, table_width, 1, is_decode=True)

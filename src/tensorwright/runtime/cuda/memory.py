@@ -101,6 +101,8 @@ def scratch_bytes(engine: Engine, rows: Mapping[str, int]) -> int:
             its_rows = min(rows[symbol], variant.max_rows or rows[symbol])
             sizes = {"rows": its_rows, "one": 1}
             most = max(most, scratch_offsets(dict(entries[variant.symbol].scratch), sizes)[1])
+    for stretch in engine.manifest["kernels"]["stretches"]:
+        most = max(most, scratch_offsets(dict(entries[stretch["entry"]].scratch), {"one": 1})[1])
     return most
 
 

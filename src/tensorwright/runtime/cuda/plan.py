@@ -10,6 +10,7 @@ import torch
 
 from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, is_library_call, scratch_offsets
+from tensorwright.kernels.cuda.sample import GREEDY
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Op
 from tensorwright.runtime.cuda.driver import Call, Function, load_module
@@ -44,31 +45,57 @@ class Plan:
     """All ops, bound when they first run at a tactic."""
 
     def __init__(self, engine: Engine, weights: Weights, caches: Caches, activations: Activations,
-                 processors: int) -> None:
+                 processors: int, *, stretches: bool = True) -> None:
+        """`stretches`: whether ops may run several at once where the engine has kernels for it."""
         self._engine, self._weights, self._caches, self._activations = engine, weights, caches, activations
-        self._processors, self._facts = processors, engine.manifest["kernels"]
+        self._processors, self._facts, self._uses_stretches = processors, engine.manifest["kernels"], stretches
         self._entries, self._code = entries_of(engine), engine.kernels()
         self._modules: dict[int, Any] = {}
         self._functions: dict[tuple[str, int], Function] = {}
+        self._greedy: Call | None = None
         self._bound: dict[tuple[int, str], list[_Bound | _Matmul]] = {}
+        self._kept: list[torch.Tensor] = []  # memory of stretches
 
     def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
         """Launch ops begin .. end − 1 on the stream, over batch inputs at these addresses."""
         symbols = {"one": 1, "processors": self._processors, **vars(sizes)}
+        if (entry := self._stretch(begin, end, sizes)) is not None:
+            self._run_entry(None, (begin, entry), self._entries[entry], symbols, inputs, stream)
+            return
         for index in range(begin, end):
             op = self._engine.program.ops[index]
             symbols["rows"] = symbols[str(self._engine.program.buffers[op.outputs[0]].shape[0])]
             symbol = self._engine.steps[index].at(symbols["rows"]).symbol
-            if (index, symbol) not in self._bound:
-                self._bound[index, symbol] = self._bind(op, self._entries[symbol])
-            offsets = scratch_offsets(dict(self._entries[symbol].scratch), symbols)[0]
-            if symbols["rows"] == 0:
-                continue
-            for launch in self._bound[index, symbol]:
-                if isinstance(launch, _Matmul):
-                    self._multiply(launch, offsets, symbols["rows"])
-                else:
-                    self._launch(launch, symbols, inputs, offsets, stream)
+            if symbols["rows"] > 0:
+                self._run_entry(op, (index, symbol), self._entries[symbol], symbols, inputs, stream)
+
+    def _stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
+        """The entry that runs these very ops at once, at these sizes on this GPU."""
+        for stretch in self._facts["stretches"] if self._uses_stretches and sizes.is_decode else ():
+            if (stretch["begin"], stretch["end"]) == (begin, end) and stretch["tokens"] == sizes.tokens \
+                    and stretch["processors"] == self._processors:
+                return str(stretch["entry"])
+        return None
+
+    def _run_entry(self, op: Op | None, key: tuple[int, str], source: GpuSource, symbols: Symbols, inputs: Symbols,
+                   stream: int) -> None:
+        if key not in self._bound:
+            self._bound[key] = self._bind(op, source)
+        offsets = scratch_offsets(dict(source.scratch), symbols)[0]
+        for launch in self._bound[key]:
+            if isinstance(launch, _Matmul):
+                self._multiply(launch, offsets, symbols["rows"])
+            else:
+                self._launch(launch, symbols, inputs, offsets, stream)
+
+    def choose(self, rows: int, logits: int, chosen: int, stream: int) -> None:
+        """The greedy choice of each row, over logits and into tw::Chosen at these addresses."""
+        launch = self._entries[GREEDY].launches[0]
+        if self._greedy is None:
+            self._greedy = self._call(launch)
+        for index, address in enumerate((logits, chosen)):
+            self._greedy.set(index, address)
+        self._greedy.launch([size.at({"rows": rows, "one": 1}) for size in launch.grid], stream)
 
     def _launch(self, launch: _Bound, symbols: Symbols, inputs: Symbols, offsets: Symbols, stream: int) -> None:
         for index, name in launch.changing:
@@ -90,20 +117,29 @@ class Plan:
         size = rows * columns * (torch.finfo(dtype).bits // 8)
         return self._activations.scratch[offset:offset + size].view(dtype).view(rows, columns)
 
-    def _bind(self, op: Op, source: GpuSource) -> list[_Bound | _Matmul]:
-        return [_matmul(launch) if is_library_call(launch.function) else self._bind_kernel(op, launch)
+    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | _Matmul]:
+        memory = {f"zeros.{name}": torch.zeros(size, dtype=torch.uint8, device=self._activations.scratch.device)
+                  for name, size in source.zeros}
+        for name, pointers in source.tables:
+            table = [self._address(op, pointer, memory) for pointer in pointers]
+            memory[f"tables.{name}"] = torch.tensor(table, dtype=torch.int64, device=self._activations.scratch.device)
+        self._kept += memory.values()
+        return [_matmul(launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
                 for launch in source.launches]
 
-    def _bind_kernel(self, op: Op, launch: Launch) -> _Bound:
-        call = Call(self._function(launch), launch.threads, launch.shared_bytes, self._facts["overlap"],
-                    [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments])
+    def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
+        call = self._call(launch)
         changing = []
         for index, argument in enumerate(_flat(launch.arguments)):
             if isinstance(argument, str) and (changed := self._changing(op, argument)):
                 changing.append((index, changed))
             else:
-                call.set(index, self._address(op, argument) if isinstance(argument, str) else argument)
+                call.set(index, self._address(op, argument, memory) if isinstance(argument, str) else argument)
         return _Bound(call, launch.grid, tuple(changing))
+
+    def _call(self, launch: Launch) -> Call:
+        kinds = [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments]
+        return Call(self._function(launch), launch.threads, launch.shared_bytes, self._facts["overlap"], kinds)
 
     def _function(self, launch: Launch) -> Function:
         key = (launch.function, launch.shared_bytes)
@@ -116,31 +152,37 @@ class Plan:
             self._functions[key] = Function(self._modules[index], facts["symbol"], launch.shared_bytes)
         return self._functions[key]
 
-    def _changing(self, op: Op, argument: str) -> str:
+    def _changing(self, op: Op | None, argument: str) -> str:
         """What a step must write here: sizes, scratch memory and batch inputs; "" for what stays where it is."""
         kind, _, name = argument.partition(".")
         if kind in ("sizes", "scratch"):
             return argument
-        buffer = _operand(op, argument) if kind == "inputs" else None
-        return f"inputs.{buffer}" if buffer in BATCH_INPUTS else ""
+        operand = name if kind == "batch" else _operand(op, argument)
+        return f"inputs.{operand}" if operand in BATCH_INPUTS else ""
 
-    def _address(self, op: Op, argument: str) -> int:
+    def _address(self, op: Op | None, argument: str, memory: Mapping[str, torch.Tensor]) -> int:
         """A pointer that stays: to a weight, a cache or an activation; "" and what the op does not have are null."""
-        name, _, offset = argument.partition("+")
-        if name.startswith("weights."):
-            weight = op.weights.get(name.partition(".")[2])
-            return 0 if weight is None else self._weights.address(weight) + int(offset or 0)
-        buffer = _operand(op, name) if name else None
-        if buffer is None:
+        whole, _, offset = argument.partition("+")
+        if whole in memory:
+            return int(memory[whole].data_ptr())
+        kind, _, name = whole.partition(".")
+        operand = name if kind == "named" else _operand(op, whole)
+        if operand is None:
             return 0
-        if buffer in self._caches.tensors:
-            return int(self._caches.tensors[buffer].data_ptr())
-        return self._activations.address(buffer)
+        if operand in self._engine.program.weights:
+            return self._weights.address(operand) + int(offset or 0)
+        if operand in self._caches.tensors:
+            return int(self._caches.tensors[operand].data_ptr())
+        return self._activations.address(operand)
 
 
-def _operand(op: Op, argument: str) -> str | None:
-    """The buffer behind "inputs.x" or "outputs.y"."""
+def _operand(op: Op | None, argument: str) -> str | None:
+    """The program's name for "inputs.x", "outputs.y" or "weights.bias" of an op; None: it has none."""
     kind, _, name = argument.partition(".")
+    if op is None or kind not in ("inputs", "outputs", "weights"):
+        return None
+    if kind == "weights":
+        return op.weights.get(name)
     spec = OPS[op.kind]
     names, given = (spec.inputs, op.inputs) if kind == "inputs" else (spec.outputs, op.outputs)
     return dict(zip((each.rstrip("?") for each in names), given, strict=False)).get(name)

@@ -13,11 +13,16 @@ def choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Ten
     """Tokens int64 and log probabilities float32 [R], of logits float32 [R, V]; nothing waits for the device."""
     tokens = logits.argmax(dim=1)
     for index, row in enumerate(rows):
-        if row.temperature != 0 or len(row.biased) or len(row.seen):
+        if not is_greedy(row):
             tokens[index] = _choose(_adjusted(logits[index], row), row)
     chosen = logits.gather(1, tokens[:, None])[:, 0]
     log_probs = (chosen.double() - logits.double().logsumexp(dim=1)).float()
     return tokens, torch.where(chosen.isfinite(), log_probs, torch.nan)
+
+
+def is_greedy(row: SamplingRow) -> bool:
+    """Whether the token is simply that of the largest logit."""
+    return row.temperature == 0 and not len(row.biased) and not len(row.seen)
 
 
 def _adjusted(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:

@@ -2,8 +2,8 @@
 //
 // A block step multiplies 128 * ROW_TILES rows (eight warps) by 128 inputs of all tokens. The steps of all row blocks, inputs
 // innermost, are one line that is cut into equal lengths, one for each thread block (stream-K), so that every
-// multiprocessor reads the same number of bytes. The thread blocks that share a row block wait for one another (all
-// are resident) and then each adds up the parts of some of the tokens, in the order of the inputs.
+// multiprocessor reads the same number of bytes. A row block whose inputs were cut is summed by the thread block that comes
+// last, in the order of the inputs: the result does not depend on who is last.
 // Each warp reads its own weights into its own ring; a ninth warp copies the chunks of x, which the others share.
 #pragma once
 #include "linear_small.cuh"
@@ -36,6 +36,7 @@ batched_linear(const LinearInput<typename Weights::Number> input, const Output o
   extern __shared__ __align__(128) char memory[];
   __shared__ u64 filled[WARPS][STAGES], x_filled[X_STAGES], x_emptied[X_STAGES], norm_ready;
   __shared__ float inverse_rms[TOKENS], warp_squares[WARPS][TOKENS];
+  __shared__ int is_last;
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
   char* chunks = memory + Shape::RING_BYTES;
   const int blocks = gridDim.x;
@@ -98,6 +99,7 @@ batched_linear(const LinearInput<typename Weights::Number> input, const Output o
 
   // Rows of this warp in a row block for the eight tokens of tile n: their sums, finished.
   auto finish = [&](int row_block, int n, const float (&sums)[ROW_TILES][4]) {
+    if (PARTIALS) barrier_wait(&norm_ready, 0);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int token = n * 8 + 2 * t + i;
@@ -119,12 +121,10 @@ batched_linear(const LinearInput<typename Weights::Number> input, const Output o
       }
     }
   };
-  // Token tiles n with n % parts == mine are finished.
-  auto write_squares = [&](int row_block, int parts, int mine) {
+  auto write_squares = [&](int row_block) {
     if constexpr (Output::SQUARES) {
       sync_multiplying_warps();
       for (int token = threadIdx.x; token < TOKENS; token += WARPS * LANES) {
-        if (token / 8 % parts != mine) continue;
         float total = 0.f;
         for (int w = 0; w < WARPS; w++) total += warp_squares[w][token];
         output.square_sums[row_block * TOKENS + token] = total;
@@ -138,8 +138,6 @@ batched_linear(const LinearInput<typename Weights::Number> input, const Output o
 
   RingPosition<STAGES> at;
   RingPosition<X_STAGES> x_at;
-  int cut[2], num_cut = 0;  // row blocks of which others have a part
-  if (PARTIALS) barrier_wait(&norm_ready, 0);
   for (int step = begin; step < end;) {
     const int row_block = step / GROUPS, block_end = min(end, (row_block + 1) * GROUPS);
     const bool is_whole = step == row_block * GROUPS && block_end == (row_block + 1) * GROUPS;
@@ -155,57 +153,51 @@ batched_linear(const LinearInput<typename Weights::Number> input, const Output o
       at.advance();
       x_at.advance();
     }
-    if (is_whole) {
+    if (!is_whole) {
+      const int row_begin = row_block * GROUPS, first = owner(row_begin), last = owner(row_begin + GROUPS - 1);
+      float4* part = my_parts + (size_t)(2 * blockIdx.x + (begin < row_begin)) * PART;
 #pragma unroll
-      for (int n = 0; n < TOKEN_TILES; n++) {
-        float tile[ROW_TILES][4];
+      for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++)
+          __stcg(part + (r * TOKEN_TILES + n) * LANES, make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]));
+      __threadfence();
+      sync_multiplying_warps();
+      if (threadIdx.x == 0) {
+        is_last = atomicAdd(split.arrivals + row_block, 1) == last - first;
+        if (is_last) split.arrivals[row_block] = 0;
+        __threadfence();
+      }
+      sync_multiplying_warps();
+      if (!is_last) continue;
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) sums[r][n][i] = 0.f;
+      for (int b = first; b <= last; b++) {
+        const bool starts_before = (int)((long long)STEPS * b / blocks) < row_begin;
+        const float4* from = my_parts + (size_t)(2 * b + starts_before) * PART;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) tile[r][i] = sums[r][n][i];
-        finish(row_block, n, tile);
+          for (int n = 0; n < TOKEN_TILES; n++) {
+            const float4 v = __ldcg(from + (r * TOKEN_TILES + n) * LANES);
+            sums[r][n][0] += v.x, sums[r][n][1] += v.y, sums[r][n][2] += v.z, sums[r][n][3] += v.w;
+          }
       }
-      write_squares(row_block, 1, 0);
-      continue;
     }
-    float4* part = my_parts + (size_t)(2 * blockIdx.x + (begin < row_block * GROUPS)) * PART;
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
+    for (int n = 0; n < TOKEN_TILES; n++) {
+      float tile[ROW_TILES][4];
 #pragma unroll
-      for (int n = 0; n < TOKEN_TILES; n++)
-        __stcg(part + (r * TOKEN_TILES + n) * LANES, make_float4(sums[r][n][0], sums[r][n][1], sums[r][n][2], sums[r][n][3]));
-    __threadfence();
-    sync_multiplying_warps();
-    if (threadIdx.x == 0) atomicAdd(split.arrivals + row_block, 1);
-    cut[num_cut++ & 1] = row_block;
-  }
-
-  // Only now wait for the others: they may have begun with what this block ended with.
-  for (int c = 0; c < num_cut; c++) {
-    const int row_block = c ? cut[1] : cut[0], row_begin = row_block * GROUPS;
-    const int first = owner(row_begin), parts = owner(row_begin + GROUPS - 1) - first + 1, mine = blockIdx.x - first;
-    if (threadIdx.x == 0) {
-      int* arrivals = split.arrivals + row_block;
-      while (*const_cast<volatile int*>(arrivals) < parts) {}
-      __threadfence();
-      if (atomicAdd(arrivals, 1) == 2 * parts - 1) *arrivals = 0;
+      for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) tile[r][i] = sums[r][n][i];
+      finish(row_block, n, tile);
     }
-    sync_multiplying_warps();
-    for (int n = mine; n < TOKEN_TILES; n += parts) {
-      float sums[ROW_TILES][4] = {};
-#pragma unroll 4
-      for (int b = first; b < first + parts; b++) {
-        const bool starts_before = (int)((long long)STEPS * b / blocks) < row_begin;
-        const float4* from = my_parts + (size_t)(2 * b + starts_before) * PART + n * LANES;
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) {
-          const float4 v = __ldcg(from + r * TOKEN_TILES * LANES);
-          sums[r][0] += v.x, sums[r][1] += v.y, sums[r][2] += v.z, sums[r][3] += v.w;
-        }
-      }
-      finish(row_block, n, sums);
-    }
-    write_squares(row_block, parts, mine);
+    write_squares(row_block);
   }
 }
 

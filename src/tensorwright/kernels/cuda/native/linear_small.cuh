@@ -15,15 +15,7 @@ template <class Type> struct LinearInput {
   const float* square_sums;  // [PARTIALS, tokens] of the RMSNorm's input
   const Type* row_scales;    // [ROWS] or null
   float epsilon;
-#ifdef TW_TRACE
-  u64* trace;  // [blocks][8]
-#endif
 };
-#ifdef TW_TRACE
-#define TW_MARK(i) if (threadIdx.x == 0) { u64 now; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); input.trace[blockIdx.x * 8 + i] = now; }
-#else
-#define TW_MARK(i)
-#endif
 
 template <class Weights, int ROWS, int K, int TOKENS, int WARPS, int STAGES, int STAGE_UNITS> struct SmallShape {
   static constexpr int GROUPS = Weights::HAS_SCALES ? QUARTERS / Weights::GROUP_QUARTERS : 1;  // scales of a row in a unit
@@ -71,12 +63,10 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
   if (lane < STAGES) barrier_init_for_copy(&filled[warp][lane]);
   barriers_ready();
   __syncwarp();
-  TW_MARK(0)
   launch_next_kernel();
   for (int stage = 0; stage < STAGES; stage++) fill(stage);
 
   wait_for_previous_kernel();
-  TW_MARK(1)
   // This warp's x: 16-byte pieces [unit][quarter][token][t], and their sums for what RAW_BIAS adds to every code.
   constexpr int GROUP_BYTES = UNIT_INPUTS * TOKENS * 2, PIECES = 16 * TOKENS, LOADS = (Shape::MAX_UNITS * PIECES + LANES - 1) / LANES;
   float* bias = sums + Shape::SUM_BYTES / 4 + warp * Shape::MAX_UNITS * QUARTERS * 8;  // [unit][group][8 tokens]
@@ -135,7 +125,6 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
     for (int o = LANES / 2; o; o /= 2) total += __shfl_xor_sync(~0u, total, o);
     if (lane == 0) inverse_rms[warp] = rsqrtf(total / K + input.epsilon);
   }
-  TW_MARK(2)
 
   const char* my_x = x + begin * GROUP_BYTES + g * 64 + t * 16;
   const float* my_bias = bias + 2 * t;
@@ -163,9 +152,7 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
           mine[(2 * t + i) * UNIT_ROWS + 8] = sum[2 + i];
         }
     }
-    TW_MARK(3)
     __syncthreads();
-    TW_MARK(4)
     for (int i = threadIdx.x; i < tiles * TOKENS * 8; i += WARPS * LANES) {
       const int row = i % 8, token = i / 8 % TOKENS, tile = i / 8 / TOKENS;
       const float* from = sums + (tile * WARPS * TOKENS + token) * UNIT_ROWS + row;
@@ -190,7 +177,6 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
     }
     if (pass + Shape::PASS_TILES < last) __syncthreads();
   }
-  TW_MARK(5)
 }
 
 }  // namespace tw

@@ -169,6 +169,10 @@ __device__ inline void multiply_unit(const char* units, int tile_stride, const c
         for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
           for (int i = 0; i < 4; i++) group[r][n][i] = 0.f;
+    // All of the quarter's x is asked for before the codes are taken apart, which takes as long as it needs to come.
+    uint4 b[TOKEN_TILES];
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; n++) b[n] = *reinterpret_cast<const uint4*>(x + q * QUARTER_STRIDE + n * TOKEN_STRIDE);
     u32 a[ROW_TILES][2][4];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -179,16 +183,17 @@ __device__ inline void multiply_unit(const char* units, int tile_stride, const c
         for (int i = 0; i < 8; i++) a[r][i / 4][i % 4] = tw::scaled<Type>(a[r][i / 4][i % 4], i % 2 ? scale.y : scale.x);
       }
     }
+    // The two products of a sum lie far apart: the second waits for the first.
 #pragma unroll
-    for (int n = 0; n < TOKEN_TILES; n++) {
-      const uint4 b = *reinterpret_cast<const uint4*>(x + q * QUARTER_STRIDE + n * TOKEN_STRIDE);
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) {
-        float(&c)[4] = SCALE_SUMS ? group[r][n] : sums[r][n];
-        multiply<Type>(c, a[r][0], b.x, b.z);
-        multiply<Type>(c, a[r][1], b.y, b.w);
-      }
-    }
+      for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+          float(&c)[4] = SCALE_SUMS ? group[r][n] : sums[r][n];
+          if (half == 0) multiply<Type>(c, a[r][0], b[n].x, b[n].z);
+          else multiply<Type>(c, a[r][1], b[n].y, b[n].w);
+        }
     if (SCALE_SUMS && (q + 1) % Weights::GROUP_QUARTERS == 0)
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++) {
@@ -203,7 +208,7 @@ __device__ inline void multiply_unit(const char* units, int tile_stride, const c
 }
 
 // The same for one row tile and at most 8 tokens, with codes as a mask leaves them. Only lanes with `has_x` load x: a
-// 16-byte load costs shared memory a cycle for every 8 lanes that take part, and the columns of absent tokens are never used. `bias` points at -RAW_BIAS times the
+// 16-byte load costs shared memory a cycle for every 8 lanes that take part, and the sums of absent tokens are never used. `bias` points at -RAW_BIAS times the
 // sums of x of this lane's two tokens, one float2 per group, 8 floats apart.
 template <class Weights, int QUARTER_STRIDE>
 __device__ inline void multiply_unit_raw(const char* unit, const char* x, const float* bias, bool has_x, int lane, float (&sum)[4]) {
