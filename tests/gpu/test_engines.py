@@ -68,6 +68,30 @@ def test_a_recorded_step_gives_the_bits_of_a_launched_one(engine_dir: Path) -> N
                                           np.asarray(launched.execute(batch)))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_stretch_leaves_what_its_ops_leave(dtype: str, tmp_path: Path) -> None:
+    """Steps of one and two sequences in a few launches against the same steps op by op: logits, then caches."""
+    from tensorwright.runtime.cuda.executor import CudaExecutor
+
+    model = TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=8, head_size=128, intermediate_size=3584)
+    build = {"target": "native", "max_seq_len": 512}
+    engine = Engine.open(build_engine(Recipe(model, dtype, "W4A16", 128, build=build), tmp_path))  # type: ignore[arg-type]
+    assert engine.manifest["kernels"]["stretches"]
+    fused, plain = (CudaExecutor(engine, num_blocks=64, stretches=stretches) for stretches in (True, False))
+    for lengths in ((300,), (300, 17)):
+        prompt = make_batch([(n, n) for n in lengths], 16, num_outputs=1)[0]
+        for executor in (fused, plain):
+            executor.execute(prompt)
+        for _ in range(4):  # launched, recorded, replayed
+            step = make_batch([(1, n) for n in lengths], 16)[0]
+            step = type(step)(**{**vars(step), "output_rows": np.arange(len(lengths), dtype=np.int32)})
+            given, wanted = (np.asarray(executor.execute(step)) for executor in (fused, plain))
+            assert np.abs(given - wanted).max() < BOUNDS[dtype] * np.abs(wanted).max()
+        for name in ("layers.0.kv", "layers.1.kv"):
+            wanted = plain.buffer(name).astype(np.float32)
+            assert np.abs(fused.buffer(name).astype(np.float32) - wanted).max() < BOUNDS[dtype] * np.abs(wanted).max()
+
+
 def test_requests_do_not_depend_on_the_batch_but_for_near_ties(engine_dir: Path) -> None:
     random = np.random.default_rng(3)
     prompts = [random.integers(3, 320, length).tolist() for length in (3, 40, 17, 1, 30, 9)]

@@ -16,10 +16,11 @@ from typing import Any
 
 import tensorwright
 from tensorwright.builder.backends import backend_for, backend_of
+from tensorwright.builder.dummy import DummySource
 from tensorwright.builder.folder import copy_tokenizer, engine_folder
 from tensorwright.builder.limits import derive, rope_factor
 from tensorwright.builder.options import BuildOptions
-from tensorwright.builder.pack import CheckpointSource, check_names
+from tensorwright.builder.pack import CheckpointSource, WeightSource, check_names
 from tensorwright.builder.passes import run_passes
 from tensorwright.builder.passes.context import Context
 from tensorwright.builder.rank import EngineFacts, build_rank
@@ -27,7 +28,7 @@ from tensorwright.builder.rebuild import rebuild_kernels
 from tensorwright.builder.report import BuildReport, engine_config, report_on
 from tensorwright.builder.reuse import build_key, remember, reuse
 from tensorwright.builder.tune import CacheFiles, Tuning
-from tensorwright.checkpoint.config import CheckpointConfig, to_json
+from tensorwright.checkpoint.config import CheckpointConfig, read_config, to_json
 from tensorwright.checkpoint.reader import Checkpoint
 from tensorwright.engine.config import write_config
 from tensorwright.engine.limits import Limits
@@ -52,6 +53,7 @@ class _Job:
     key: str
     rank: int
     tuning: Tuning = Tuning()
+    dummy_weights: bool = False
 
 
 def build(options: BuildOptions, report: Report) -> BuildReport:
@@ -64,9 +66,9 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     if options.checkpoint_dir is None:
         raise UsageError("no checkpoint was given", mend="tensorwright build --checkpoint_dir C --output_dir E")
     begin = time.monotonic()
-    checkpoint = Checkpoint(options.checkpoint_dir)
     backend = backend_for(options.target)
-    config, target = checkpoint.config, backend.resolve_target(options.target)
+    config = read_config(options.checkpoint_dir) if options.dummy_weights else Checkpoint(options.checkpoint_dir).config
+    target = backend.resolve_target(options.target)
     model = config.model
     limits, notes = derive(options, max_position_embeddings=model.max_position_embeddings,
                            rope_factor=rope_factor(model.rope.kind, model.rope.scaling))
@@ -74,7 +76,8 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
         return _dry_run(options, config, target, limits, notes)
     key = build_key(_facts(options, target), options.checkpoint_dir)
     jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
-                 options.tokens_per_block, options.exact, key, rank) for rank in range(config.tp_size)]
+                 options.tokens_per_block, options.exact, key, rank,
+                 dummy_weights=options.dummy_weights) for rank in range(config.tp_size)]
     measure = not options.no_tune and backend.can_measure(target)
     with engine_folder(options.output_dir):
         missing = [job for job in jobs if not reuse(key, job.rank, job.output, tuned=measure)]
@@ -116,18 +119,23 @@ def _build_ranks(jobs: list[_Job], workers: int, report: Report) -> None:
 
 
 def _run(job: _Job, report: Report) -> int:
-    checkpoint = Checkpoint(job.checkpoint_dir)
     facts = EngineFacts(
         rank=job.rank, world_size=job.config.tp_size, build_key=job.key, vocab_size=job.config.model.vocab_size,
         end_ids=job.config.end_ids, tokens_per_block=job.tokens_per_block, model=asdict(job.config.model),
         builder=tensorwright.__version__)
     program = _program(job)
-    check_names(checkpoint, job.rank, program, program_of(job.config, job.tokens_per_block,
-                                                        architecture=job.target.architecture))
-    source = CheckpointSource(checkpoint, job.rank)
-    size = build_rank(program, job.target, facts, source, job.output, report, job.tuning)
+    size = build_rank(program, job.target, facts, _source(job, program), job.output, report, job.tuning)
     remember(job.key, job.rank, job.output)
     return size
+
+
+def _source(job: _Job, program: Program) -> WeightSource:
+    if job.dummy_weights:
+        return DummySource()
+    checkpoint = Checkpoint(job.checkpoint_dir)
+    first = program_of(job.config, job.tokens_per_block, architecture=job.target.architecture)
+    check_names(checkpoint, job.rank, program, first)
+    return CheckpointSource(checkpoint, job.rank)
 
 
 def _program(job: _Job) -> Program:
@@ -142,12 +150,14 @@ def _run_quietly(job: _Job) -> int:
 def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
     own = backend_of(target.architecture).facts(target)
     return {"version": tensorwright.__version__, "target": asdict(target), **own,
-            "tokens_per_block": options.tokens_per_block, "exact": options.exact}
+            "tokens_per_block": options.tokens_per_block, "exact": options.exact,
+            "dummy_weights": options.dummy_weights}
 
 
 def _check_space(jobs: list[_Job]) -> None:
     """Packed weights are about as large as the checkpoint's: refuse before hours of work, not after."""
-    needed = sum((job.checkpoint_dir / f"rank{job.rank}.safetensors").stat().st_size for job in jobs)
+    needed = sum((job.checkpoint_dir / f"rank{job.rank}.safetensors").stat().st_size for job in jobs
+                 if not job.dummy_weights)
     free = shutil.disk_usage(jobs[0].output.parent).free if jobs else 0
     if needed > free:
         raise BuildError(f"the engine needs about {needed / 1e9:.1f} GB, {jobs[0].output.parent} has "

@@ -79,4 +79,9 @@ struct Layers {
   };
 };
 
+// Where the next stage to ask for lies.
+struct Cursor {
+  int layer = 0, linear = 0, base = 0;  // base: the linear's first stage in the sequence
+};
+
 }  // namespace tw

@@ -13,11 +13,6 @@
 
 namespace tw {
 
-// Where the next stage to ask for lies.
-struct Cursor {
-  int layer = 0, linear = 0, base = 0;  // base: the linear's first stage in the sequence
-};
-
 template <class Weights, int TOKENS, int HIDDEN, int HEADS, int KV_HEADS, int FFN, int BLOCK_SIZE, int SLOTS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersInput<typename Weights::Number> input) {
   using L = Layers<Weights, TOKENS, HIDDEN, HEADS, KV_HEADS, FFN, BLOCK_SIZE, SLOTS, WARPS, BLOCKS>;
@@ -115,7 +110,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
   auto linear = [&](auto index, auto inputs, const u64* x, const u64* squares, u32 epoch, auto finish) {
     constexpr int INDEX = decltype(index)::value, K = decltype(inputs)::value;
     constexpr int PIECES = K * TOKENS / 8, LOADS = (PIECES + THREADS - 1) / THREADS, PER_TILE = K / 128 / L::STAGE_UNITS;
-    if (lane == 0) poll_words(x + (size_t)warp * LANES * 4, epoch);
+    if (lane == 0) poll_words(x + (size_t)min(warp * LANES, PIECES - 1) * 4, epoch);
     __syncwarp();
     uint4 words[LOADS][2], two = make_uint4(0, epoch, 0, epoch);
 #pragma unroll
