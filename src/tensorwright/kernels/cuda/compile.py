@@ -24,7 +24,7 @@ from tensorwright.kernels.interface import Target
 NATIVE_FOLDER = Path(__file__).parent / "native"
 OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
 INSTALL = "pip install 'tensorwright[cuda]'"
-MAX_THREADS = 8
+MAX_THREADS, MODULE_KERNELS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Module:
 
 
 def compile_modules(sources: Iterable[GpuSource], target: Target) -> tuple[Module, ...]:
-    """One module for each set of headers, in the order in which they first come.
+    """A module for a few kernels of one set of headers: many small ones compile side by side, and are found again when
+    another engine needs the same.
 
     Raises:
         BuildError: NVRTC or its headers are not installed, or a kernel does not compile.
@@ -55,8 +56,10 @@ def compile_modules(sources: Iterable[GpuSource], target: Target) -> tuple[Modul
     for source in sources:
         functions.setdefault(source.headers, {}).update(dict.fromkeys(source.functions))
     include = _include_folder()
+    parts = [(headers, tuple(names)[first:first + MODULE_KERNELS]) for headers, names in functions.items()
+             for first in range(0, len(names), MODULE_KERNELS)]
     with ThreadPoolExecutor(MAX_THREADS) as pool:
-        return tuple(pool.map(lambda item: _module(item[0], tuple(item[1]), target, include), functions.items()))
+        return tuple(pool.map(lambda part: _module(*part, target, include), parts))
 
 
 def nvrtc_version() -> str:
