@@ -5,18 +5,19 @@ All of it is taken when the engine is opened, so that a step allocates nothing a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from tensorwright.engine.engine import Engine
-from tensorwright.errors import LimitError
+from tensorwright.errors import EngineError, LimitError
 from tensorwright.kernels.cuda.launch import GpuSource, from_json, scratch_offsets
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
-STAGING_BYTES = 64 << 20
+STAGING_BYTES, READERS = 64 << 20, 4
 ALIGNMENT = 256
 
 
@@ -24,7 +25,7 @@ class Weights:
     """All packed weights in one allocation."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
-        """Copy them from the mapped file, through pinned memory that is filled while the last piece travels."""
+        """Read them into pinned memory, one piece while the last one travels to the device."""
         self._starts: dict[str, int] = {}
         end = 0
         for entry in engine.manifest["weights"]:
@@ -33,17 +34,21 @@ class Weights:
         self.memory = _empty(max(end, 1), device, "the weights")
         staging = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         copied = [torch.cuda.Event() for _ in staging]
-        turn = 0
-        for entry in engine.manifest["weights"]:
-            section, start = engine.weight(entry["name"])[:entry["bytes"]], self._starts[entry["name"]]
-            for first in range(0, entry["bytes"], STAGING_BYTES):
-                piece, pinned, event = section[first:first + STAGING_BYTES], staging[turn % 2], copied[turn % 2]
+        with engine.reader.path.open("rb") as file, ThreadPoolExecutor(READERS) as pool:
+            for turn, (into, offset, size) in enumerate(self._pieces(engine)):
+                pinned, event = staging[turn % 2], copied[turn % 2]
                 event.synchronize()
-                np.copyto(pinned.numpy()[:len(piece)], piece)
-                self.memory[start + first:start + first + len(piece)].copy_(pinned[:len(piece)], non_blocking=True)
+                _read(file.fileno(), memoryview(pinned.numpy())[:size], offset, pool)
+                self.memory[into:into + size].copy_(pinned[:size], non_blocking=True)
                 event.record()
-                turn += 1
         torch.cuda.synchronize(device)
+
+    def _pieces(self, engine: Engine) -> Iterator[tuple[int, int, int]]:
+        """(place in memory, place in the file, bytes) of pieces that fit into a staging buffer."""
+        for entry in engine.manifest["weights"]:
+            start, offset = self._starts[entry["name"]], engine.reader.offset(f"weights/{entry['name']}")
+            for first in range(0, entry["bytes"], STAGING_BYTES):
+                yield start + first, offset + first, min(STAGING_BYTES, entry["bytes"] - first)
 
     def address(self, name: str) -> int:
         """Where a weight begins."""
@@ -109,6 +114,22 @@ def scratch_bytes(engine: Engine, rows: Mapping[str, int]) -> int:
 def free_bytes() -> int:
     """Bytes of the current GPU that nobody has taken."""
     return int(torch.cuda.mem_get_info()[0])
+
+
+def _read(file: int, into: memoryview, offset: int, pool: ThreadPoolExecutor) -> None:
+    """Fill a buffer from a place of the file: several threads copy from the system's cache faster than one."""
+    share = -(-len(into) // READERS)
+
+    def fill(first: int) -> None:
+        part = into[first:first + share]
+        while part:
+            count = os.preadv(file, [part], offset + first)
+            if count == 0:
+                raise EngineError("the engine file ended while its weights were read",
+                                  mend="copy the engine again, or rebuild it with tensorwright build")
+            part, first = part[count:], first + count
+
+    list(pool.map(fill, range(0, len(into), share)))
 
 
 def _empty(shape: Any, device: torch.device, what: str, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
