@@ -25,7 +25,7 @@ from tensorwright.program.reference import dequantize, run_op
 GROUP_SIZES = (-1, 32, 64, 128)
 FEW_TOKENS = (1, 2, 4, 8)  # template instances of small_linear
 WARPS, STATIC_SHARED = 8, 2048  # of small_linear; barriers and what else it declares
-PANEL_BYTES = 256 << 20  # of unpacked weights at a time
+PANEL_BYTES = 320 << 20  # of unpacked weights at a time
 PRODUCT_WORTH = 100.0  # estimates: any stream of the weight is better than unpacking it
 
 
@@ -138,29 +138,37 @@ def small_linear(op: Op, program: Program, tactic: Tactic, given: tuple[Argument
 
 
 def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
-    """Piece after piece of the weight's rows: unpack, multiply, put the results in their places."""
+    """Piece after piece of the weight's rows: unpack, multiply, put the results in their places.
+
+    A weight that is one piece is unpacked into its natural order; products that nothing is added to are results then.
+    """
     weight = _weight(op, program)
     shape = units.Shape(weight)
-    outputs, padded = weight.shape[0], shape.units * units.UNIT_INPUTS
+    outputs, padded, number = weight.shape[0], shape.units * units.UNIT_INPUTS, _dtype_name(weight)
     piece_tiles = max(1, min(shape.tiles, PANEL_BYTES // (units.UNIT_ROWS * padded * 2)))
-    width = piece_tiles * units.UNIT_ROWS
+    order = _order(tactic.layout, outputs)
+    unpacked = order if piece_tiles == shape.tiles and not shape.has_row_scales else "tw::InOrder"
+    left = "tw::InOrder" if unpacked == order else order  # from the panel's order to the natural one
+    is_direct = (left == "tw::InOrder" and piece_tiles * units.UNIT_ROWS == outputs and len(op.inputs) == 1
+                 and "bias" not in op.weights and not shape.has_row_scales)
     launches = [_input(op, program, 0)]
     for tile in range(0, shape.tiles, piece_tiles):
         tiles = min(piece_tiles, shape.tiles - tile)
         columns = tiles * units.UNIT_ROWS
-        finish = (f"tw::linear_output<{NATIVE_TYPES[_dtype_name(weight)]}, {_order(tactic.layout, outputs)}, "
-                  f"{outputs}, {columns}, {_flag(shape.has_row_scales)}>")
         launches += [
-            Launch(f"tw::unpack_units<{native_weights(weight)}, {shape.units}>",
+            Launch(f"tw::unpack_units<{native_weights(weight)}, {shape.units}, {unpacked}>",
                    (Size(times=shape.units), Size(times=tiles), Size()), 32, 0,
                    ("weights.weight", "scratch.panel", tile)),
-            Launch("matmul", arguments=("scratch.x", "scratch.panel", "scratch.product", columns, padded,
-                                        _dtype_name(weight))),
-            Launch(finish, (Size("rows"), Size(times=-(-columns // 256)), Size()), 256, 0,
-                   ("scratch.product", _row_scales(shape), _output(op), tile * units.UNIT_ROWS))]
-    return gpu_source(("linear.cuh",), *launches, scratch={
-        "x": Size("rows", times=padded * 2), "panel": Size(times=width * padded * 2),
-        "product": Size("rows", times=width * 4)})
+            Launch("matmul", arguments=("scratch.x", "scratch.panel", "outputs.y" if is_direct else "scratch.product",
+                                        columns, padded, number))]
+        if not is_direct:
+            finish = (f"tw::linear_output<{NATIVE_TYPES[number]}, {left}, {outputs}, {columns}, "
+                      f"{_flag(shape.has_row_scales)}>")
+            launches.append(Launch(finish, (Size("rows"), Size(times=-(-columns // 256)), Size()), 256, 0, (
+                "scratch.product", _row_scales(shape), _output(op), tile * units.UNIT_ROWS)))
+    panel = {"x": Size("rows", times=padded * 2), "panel": Size(times=piece_tiles * units.UNIT_ROWS * padded * 2)}
+    product = {} if is_direct else {"product": Size("rows", times=piece_tiles * units.UNIT_ROWS * 4)}
+    return gpu_source(("linear.cuh",), *launches, scratch=panel | product)
 
 
 def _input(op: Op, program: Program, tokens: int) -> Launch:

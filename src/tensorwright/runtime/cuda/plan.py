@@ -31,11 +31,12 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Matmul:
-    """A matrix product of scratch memory: bytes where a, b and c begin, columns, inner size, dtype."""
+    """A matrix product: the pieces of scratch memory that a and b are, and c is if no buffer; columns, inner size."""
 
     a: str
     b: str
     c: str
+    buffer: str | None
     columns: int
     inner: int
     dtype: torch.dtype
@@ -110,7 +111,8 @@ class Plan:
         """C = a · bᵀ, 16-bit numbers, float32 sums and results."""
         a = self._matrix(offsets[m.a], rows, m.inner, m.dtype)
         b = self._matrix(offsets[m.b], m.columns, m.inner, m.dtype)
-        c = self._matrix(offsets[m.c], rows, m.columns, torch.float32)
+        c = (self._matrix(offsets[m.c], rows, m.columns, torch.float32) if m.buffer is None
+             else self._activations.buffer(m.buffer, m.columns)[:rows])
         torch.mm(a, b.t(), out_dtype=torch.float32, out=c)
 
     def _matrix(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -124,7 +126,7 @@ class Plan:
             table = [self._address(op, pointer, memory) for pointer in pointers]
             memory[f"tables.{name}"] = torch.tensor(table, dtype=torch.int64, device=self._activations.scratch.device)
         self._kept += memory.values()
-        return [_matmul(launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
+        return [_matmul(op, launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
                 for launch in source.launches]
 
     def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
@@ -198,7 +200,7 @@ def _flat(arguments: Sequence[Argument | tuple[Argument, ...]]) -> list[Argument
     return [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
 
 
-def _matmul(launch: Launch) -> _Matmul:
-    a, b, c, columns, inner, dtype = launch.arguments
-    names = [str(name).partition(".")[2] for name in (a, b, c)]
-    return _Matmul(names[0], names[1], names[2], int(str(columns)), int(str(inner)), DTYPES[str(dtype)])
+def _matmul(op: Op | None, launch: Launch) -> _Matmul:
+    a, b, c, columns, inner, dtype = map(str, launch.arguments)
+    names = [name.partition(".")[2] for name in (a, b, c)]
+    return _Matmul(names[0], names[1], names[2], _operand(op, c), int(columns), int(inner), DTYPES[dtype])

@@ -71,9 +71,9 @@ template <class Order, int ROWS> struct Rows {
   }
 };
 
-// Row tiles from `first_tile` on as 16-bit rows [packed row][UNITS * 128]: code * scale of the group, or the code alone
-// where scales belong to whole rows. Grid: (UNITS, row tiles); a warp handles a unit.
-template <class Weights, int UNITS>
+// Row tiles from `first_tile` on as 16-bit rows [Order's row][UNITS * 128]: code * scale of the group, or the code alone
+// where scales belong to whole rows. Grid: (UNITS, row tiles); a warp handles a unit. Any order but InOrder takes all tiles.
+template <class Weights, int UNITS, class Order>
 __global__ void __launch_bounds__(LANES) unpack_units(const char* weights, typename Weights::Number* panel, int first_tile) {
   begin_kernel();
   using Type = typename Weights::Number;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(LANES) unpack_units(const char* weights, typen
           const float factor = half_rows ? scale.y : scale.x;
           words[i] = pack<Type>(pair.x * factor, pair.y * factor);
         }
-      const size_t row = (size_t)blockIdx.y * UNIT_ROWS + half_rows * 8 + g;
+      const size_t row = Order::row(blockIdx.y * UNIT_ROWS + half_rows * 8 + g);
       Type* to = panel + (row * UNITS + blockIdx.x) * UNIT_INPUTS + q * 32 + t * 8;
       *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
     }
