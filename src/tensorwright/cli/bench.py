@@ -167,6 +167,8 @@ def _open(arguments: argparse.Namespace, threads: int,
         from tensorwright.cli.profile import RecordingExecutor
 
         engine = Engine.open(arguments.engine_dir, communicator.rank if communicator else 0)
+        if engine.metadata["architecture"] == "cuda":
+            raise UsageError("--profile times the steps of CPU engines only", mend="leave --profile out")
         recorder = RecordingExecutor(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
     llm = LLM(arguments.engine_dir, threads=threads, block_reuse=False, communicator=communicator,
               max_kv_tokens=num_blocks * size, executor=recorder)
@@ -177,8 +179,14 @@ def measure_limits(engine: Engine, threads: int) -> RooflineLimits:
     """What so many threads reach on this machine with the instructions of the engine's target."""
     from tensorwright.cli.arithmetic import arithmetic_rates
     from tensorwright.cli.bandwidth import read_bandwidth
-    from tensorwright.cli.roofline import Limits, operand_widths
+    from tensorwright.cli.roofline import FLOAT_BITS, Limits, operand_widths
     from tensorwright.kernels.cpu.load import load_library
+
+    if engine.metadata["architecture"] == "cuda":
+        from tensorwright.cli.gpu_limits import gpu_limits
+
+        bytes_s, operations_s = gpu_limits()
+        return Limits(bytes_s, {FLOAT_BITS: operations_s})
 
     library = load_library(engine.kernels(), glibc=engine.manifest["kernels"]["glibc"])
     return Limits(read_bandwidth(threads), arithmetic_rates(library, threads, operand_widths(engine)))

@@ -1,0 +1,37 @@
+"""What a GPU reaches with nothing in its way: bytes read and 16-bit operations per second. Measured with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+READ_BYTES, TRIES = 2 << 30, 5
+SHAPE = (4096, 5120, 28672)  # of a matrix product that keeps every multiprocessor busy
+
+
+def gpu_limits() -> tuple[float, float]:
+    """(bytes per second of a streaming read, operations per second of a float16 matrix product)."""
+    import torch
+
+    memory = torch.ones(READ_BYTES // 4, dtype=torch.float32, device="cuda")
+    read_s = _best(lambda: memory.sum())
+    del memory
+    rows, inner, columns = SHAPE
+    a, b = (torch.randn(shape, dtype=torch.float16, device="cuda") for shape in ((rows, inner), (columns, inner)))
+    multiply_s = _best(lambda: a @ b.t())
+    return READ_BYTES / read_s, 2.0 * rows * inner * columns / multiply_s
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of some tries, by the GPU's own clock."""
+    import torch
+
+    run()
+    times = []
+    for _ in range(TRIES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times)
