@@ -10,15 +10,22 @@ SHAPE = (4096, 5120, 28672)  # of a matrix product that keeps every multiprocess
 
 def gpu_limits() -> tuple[float, float]:
     """(bytes per second of a streaming read, operations per second of a float16 matrix product)."""
+    return READ_BYTES / _read_s(), 2.0 * SHAPE[0] * SHAPE[1] * SHAPE[2] / _multiply_s()
+
+
+def _read_s() -> float:
     import torch
 
     memory = torch.ones(READ_BYTES // 4, dtype=torch.float32, device="cuda")
-    read_s = _best(lambda: memory.sum())
-    del memory
+    return _best(memory.sum)
+
+
+def _multiply_s() -> float:
+    import torch
+
     rows, inner, columns = SHAPE
     a, b = (torch.randn(shape, dtype=torch.float16, device="cuda") for shape in ((rows, inner), (columns, inner)))
-    multiply_s = _best(lambda: a @ b.t())
-    return READ_BYTES / read_s, 2.0 * rows * inner * columns / multiply_s
+    return _best(lambda: a @ b.t())
 
 
 def _best(run: Callable[[], object]) -> float:

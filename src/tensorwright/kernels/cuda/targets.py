@@ -65,10 +65,14 @@ def capability() -> str:
     """
     try:
         from cuda.bindings import driver
-    except ImportError as error:
-        raise IncompatibleEngineError(f"the package cuda-bindings is not installed: {error}",
+
+        error, = driver.cuInit(0)
+    except ImportError as missing:
+        raise IncompatibleEngineError(f"the package cuda-bindings is not installed: {missing}",
                                       mend="pip install 'tensorwright[cuda]'") from None
-    error, = driver.cuInit(0)
+    except RuntimeError as missing:  # no libcuda
+        raise IncompatibleEngineError(f"this machine has no NVIDIA driver: {missing}",
+                                      mend="run the engine on a machine with a GPU, or build for --target cpu") from None
     found, device = driver.cuDeviceGet(0) if int(error) == 0 else (error, None)
     if int(found) != 0:
         raise IncompatibleEngineError(f"the CUDA driver finds no GPU here ({found!r})", mend="nvidia-smi")
