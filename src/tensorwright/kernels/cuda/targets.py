@@ -72,7 +72,7 @@ def capability() -> str:
                                       mend="pip install 'tensorwright[cuda]'") from None
     except RuntimeError as missing:  # no libcuda
         raise IncompatibleEngineError(f"this machine has no NVIDIA driver: {missing}",
-                                      mend="run the engine on a machine with a GPU, or build for --target cpu") from None
+                                      mend="run it on a machine with a GPU, or build for --target cpu") from None
     found, device = driver.cuDeviceGet(0) if int(error) == 0 else (error, None)
     if int(found) != 0:
         raise IncompatibleEngineError(f"the CUDA driver finds no GPU here ({found!r})", mend="nvidia-smi")
