@@ -22,8 +22,9 @@ from tensorwright.testing.tiny import TinyModel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
 LARGER = Recipe(TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=8, head_size=128,
-                          intermediate_size=3584),
+                          intermediate_size=3584, vocab_size=384),
                 "float16", "W4A16", 128)
+FEW_BYTES = 64  # that a kernel may put aside before its loop
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
 
 
@@ -47,23 +48,22 @@ def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
         for launch in from_json(entry).launches:
             if launch.function != "matmul":
                 function = facts["functions"][launch.function]
-                few = 64 if "decode_layers" in launch.function else 0  # once a step, before its loop
-                assert function["spilled_bytes"] <= few, launch.function
+                assert function["spilled_bytes"] <= FEW_BYTES, launch.function
                 assert function["registers"] * launch.threads <= 65536, launch.function
                 assert function["shared_bytes"] + launch.shared_bytes <= SHARED_BYTES[target], launch.function
 
 
-def test_a_plain_decoder_gets_stretches_for_one_and_two_sequences(tmp_path: Path) -> None:
+def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None:
     folder = built(LARGER, tmp_path, "sm_90")
     facts = kernels_of(folder)
-    assert [stretch["tokens"] for stretch in facts["stretches"]] == [1, 2]
+    assert sorted(stretch["tokens"] for stretch in facts["stretches"]) == [1, 2, 4, 8, 16, 32, 64]
     for stretch in facts["stretches"]:
         source = from_json(facts["entries"][stretch["entry"]])
         assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))
         for launch in source.launches:
             shared = facts["functions"][launch.function]["shared_bytes"] + launch.shared_bytes
             assert shared <= SHARED_BYTES["sm_90"], launch.function
-        assert len(dict(source.tables)["layers"]) == 2 * 7
+        assert len(dict(source.tables).get("layers", ())) == (2 * 7 if stretch["tokens"] <= 2 else 0)
 
 
 def test_other_programs_and_targets_run_op_by_op(engine_dir: Path) -> None:

@@ -11,7 +11,7 @@ from tensorwright.builder.passes import PASSES, Pass
 from tensorwright.builder.plan import Plan
 from tensorwright.builder.tune import CacheFiles, Tuning
 from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version
-from tensorwright.kernels.cuda.decode import decode_stretches
+from tensorwright.kernels.cuda.decode_steps import decode_stretches
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.sample import GREEDY, greedy_source

@@ -33,9 +33,9 @@ def _best(run: Callable[[], object]) -> float:
     import torch
 
     run()
-    times = []
+    times: list[float] = []
     for _ in range(TRIES):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         run()
         end.record()

@@ -74,5 +74,5 @@ def _plan(engine: Engine, machine: Machine, max_kv_tokens: int | None, fraction:
 def _activation_bytes(engine: Engine, machine: Machine) -> int:
     limits = engine.limits
     rows = {"tokens": limits.max_num_tokens, "outputs": limits.max_batch_size * limits.max_beam_width}
-    slots = sum(4 * rows[symbol] * columns for symbol, columns in engine.manifest["memory"]["slots"])
+    slots: int = sum(4 * rows[symbol] * columns for symbol, columns in engine.manifest["memory"]["slots"])
     return slots + machine.scratch_bytes(engine, rows)

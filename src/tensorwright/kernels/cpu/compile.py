@@ -20,8 +20,7 @@ from pathlib import Path
 
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.elf import needed_libraries
-from tensorwright.kernels.interface import Source, Target
-from tensorwright.kernels.interface import symbols as kernel_symbols
+from tensorwright.kernels.interface import Source, Target, symbols
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
 CORE_HEADERS = ("abi.h", "exports.h")
@@ -36,7 +35,7 @@ def engine_source(entries: Sequence[Source]) -> str:
     """The one C++ file of an engine, with every header of the package written out: it compiles by itself."""
     seen: set[str] = set()
     parts = [_inlined(name, seen) for name in (*CORE_HEADERS, *(h for entry in entries for h in entry.headers))]
-    for symbol, function in dict(zip(kernel_symbols(entries), (e.function for e in entries), strict=True)).items():
+    for symbol, function in dict(zip(symbols(entries), (e.function for e in entries), strict=True)).items():
         parts.append(f'extern "C" TW_EXPORT void {symbol}(const tw_step* step, const tw_run* run, '
                      f"const tw_worker* worker) {{\n  {function}(step, run, worker);\n}}\n")
     return "".join(parts)

@@ -59,7 +59,7 @@ def compile_modules(sources: Iterable[GpuSource], target: Target) -> tuple[Modul
     parts = [(headers, tuple(names)[first:first + MODULE_KERNELS]) for headers, names in functions.items()
              for first in range(0, len(names), MODULE_KERNELS)]
     with ThreadPoolExecutor(MAX_THREADS) as pool:
-        return tuple(pool.map(lambda part: _module(*part, target, include), parts))
+        return tuple(pool.map(lambda part: _module(part[0], part[1], target, include), parts))
 
 
 def nvrtc_version() -> str:

@@ -1,103 +1,47 @@
 """A decode step of one or two sequences in three launches: all layers, lm_head, count (native/decode_layers.cuh).
 
-It is a stretch: another way to run the whole program, over the weights as their own kernels packed them. It recognises
-programs of plain decoders by their ops; any other program, size or GPU takes its ops one by one.
+It is a stretch: another way to run the whole program, over the weights as their own kernels packed them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 from tensorwright.kernels.cuda import units
+from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
 from tensorwright.kernels.cuda.launch import GpuSource, Launch, Size, Stretch
 from tensorwright.kernels.cuda.linear import Linear, native_weights, small_linear
 from tensorwright.kernels.cuda.targets import PROCESSORS, SHARED_BYTES
 from tensorwright.kernels.interface import Tactic, Target
-from tensorwright.program.program import Op, Program, Weight
+from tensorwright.program.program import Op, Program
 
-HEAD, WARPS, STAGE_UNITS, MAX_LAYERS, KEY_CHUNK = 128, 12, 4, 48, 256  # of native/decode_layers.cuh
+WARPS, STAGE_UNITS, MAX_LAYERS, KEY_CHUNK = 12, 4, 48, 256  # of native/decode_layers.cuh
 STATIC_SHARED = 8 << 10  # barriers, pointers, keys and what else the kernel declares
 MOST_SLOTS = {1: 43, 2: 28}  # stages on their way, by sequences: more gain nothing
-LAYER = ("linear", "rope_cache", "attention", "linear", "linear", "linear")
 LOG2E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """What the layers have in common."""
-
-    weight: Weight  # as all four linears of a layer are held
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    block_size: int
-
-
-def decode_stretches(program: Program, target: Target, layouts: Mapping[str, str]) -> tuple[Stretch, ...]:
-    """One for each number of sequences. `layouts`: of each weight by name."""
+def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
+    """One for each number of sequences that the kernel and the target are made for."""
     processors = PROCESSORS.get(target.name)
-    layers = _layers(program)
-    if processors is None or layers is None or (shapes := _shapes(layers, program, layouts)) is None:
+    if processors is None or len(decoder.layers) > MAX_LAYERS:
         return ()
-    sources = {tokens: _source(program, target, layers, shapes, tokens, processors) for tokens in MOST_SLOTS
-               if _fits(shapes, tokens)}
+    sources = {tokens: _source(program, target, decoder.layers, decoder.shapes, tokens, processors)
+               for tokens in MOST_SLOTS if _fits(decoder.shapes, tokens)}
     return tuple(Stretch(0, len(program.ops), tokens, processors, source)
                  for tokens, source in sources.items() if source is not None)
 
 
-def _layers(program: Program) -> list[tuple[Op, ...]] | None:
-    """The ops of each layer, where the program is an embedding, such layers, gathered rows and an lm_head."""
-    kinds = [op.kind for op in program.ops]
-    count, rest = divmod(len(kinds) - 3, len(LAYER))
-    if rest or not 0 < count <= MAX_LAYERS or kinds != ["embedding", *LAYER * count, "gather_rows", "linear"]:
-        return None
-    return [program.ops[1 + len(LAYER) * i:1 + len(LAYER) * (i + 1)] for i in range(count)]
-
-
-def _shapes(layers: list[tuple[Op, ...]], program: Program, layouts: Mapping[str, str]) -> _Shapes | None:
-    """The shapes, if all layers have the same, and nothing that the kernel does not do."""
-    found = {_shapes_of_layer(ops, program) for ops in layers}
-    shapes = found.pop() if len(found) == 1 else None
-    wanted = (units.ROPE, units.IN_ORDER, units.GATED, units.IN_ORDER)
-    linears = [[op for op in ops if op.kind == "linear"] for ops in layers]
-    if [[layouts[op.weights["weight"]] for op in four] for four in linears] != [list(wanted)] * len(layers):
-        return None
-    lm_head = program.ops[-1]
-    return shapes if set(lm_head.weights) == {"weight", "norm"} and not lm_head.attributes["gate"] else None
-
-
-def _shapes_of_layer(ops: tuple[Op, ...], program: Program) -> _Shapes | None:
-    qkv, rope, attention, dense, fc_gate, proj = ops
-    linears = (qkv, dense, fc_gate, proj)
-    held = [program.weights[op.weights["weight"]] for op in linears]
-    a, cache = attention.attributes, program.buffers[rope.outputs[1]]
-    is_plain = (
-        all("bias" not in op.weights for op in linears) and set(rope.weights) == {"inverse_frequencies"}
-        and ["norm" in op.weights for op in linears] == [True, False, True, False]
-        and [len(op.inputs) for op in linears] == [1, 2, 1, 2] and proj.attributes["gate"] == "silu"
-        and len({(w.dtype, w.group_size, w.scale_dtype) for w in held}) == 1 and held[0].group_size > 0
-        and a["head_size"] == HEAD and not a["window"] and rope.attributes["attention_factor"] == 1.0
-        and program.weights[rope.weights["inverse_frequencies"]].shape == (HEAD // 2,)
-        and cache.dtype == held[0].scale_dtype and KEY_CHUNK % int(cache.shape[3]) == 0)
-    if not is_plain:
-        return None
-    weight = Weight("", (0, 0), held[0].dtype, held[0].group_size, held[0].scale_dtype)
-    return _Shapes(weight, held[0].shape[1], a["num_heads"], a["num_kv_heads"], held[3].shape[1], int(cache.shape[3]))
-
-
-def _fits(shapes: _Shapes, tokens: int) -> bool:
+def _fits(shapes: Shapes, tokens: int) -> bool:
     """What the kernel asserts of its shapes."""
     group = shapes.heads // shapes.kv_heads
     widest = max(shapes.ffn, shapes.hidden)
     widths = (shapes.hidden, shapes.heads * HEAD, shapes.ffn)
-    return (all(width % (STAGE_UNITS * units.UNIT_INPUTS) == 0 for width in widths)
+    return (KEY_CHUNK % shapes.block_size == 0
+            and all(width % (STAGE_UNITS * units.UNIT_INPUTS) == 0 for width in widths)
             and shapes.hidden * tokens % 1024 == 0 and shapes.hidden * tokens <= 32 * 32 * WARPS and group <= 8
             and WARPS * group * HEAD * 4 <= widest * tokens * 2)
 
 
-def _source(program: Program, target: Target, layers: list[tuple[Op, ...]], s: _Shapes, tokens: int,
+def _source(program: Program, target: Target, layers: tuple[tuple[Op, ...], ...], s: Shapes, tokens: int,
             processors: int) -> GpuSource | None:
     lm_head = program.ops[-1]
     tactic = next((t for t in Linear().tactics(lm_head, program, target) if t.parameters.get("tokens") == tokens), None)
@@ -119,7 +63,7 @@ def _source(program: Program, target: Target, layers: list[tuple[Op, ...]], s: _
         tables=(("layers", tuple(pointer for ops in layers for pointer in _pointers(ops))),))
 
 
-def _layers_launch(program: Program, layers: list[tuple[Op, ...]], target: Target, s: _Shapes, tokens: int,
+def _layers_launch(program: Program, layers: tuple[tuple[Op, ...], ...], target: Target, s: Shapes, tokens: int,
                    processors: int) -> Launch:
     widest = max(s.ffn, s.hidden)
     linears = (((s.heads + 2 * s.kv_heads) * HEAD, s.hidden), (s.hidden, s.heads * HEAD), (2 * s.ffn, s.hidden),
@@ -142,7 +86,7 @@ def _layers_launch(program: Program, layers: list[tuple[Op, ...]], target: Targe
                   32 * WARPS, slots * stage_bytes + fixed, (arguments,))
 
 
-def _lm_head(program: Program, tactic: Tactic, s: _Shapes, tokens: int) -> Launch:
+def _lm_head(program: Program, tactic: Tactic, s: Shapes, tokens: int) -> Launch:
     op = program.ops[-1]
     weight = program.weights[op.weights["weight"]]
     shape, name = units.Shape(weight), f"named.{weight.name}"

@@ -5,7 +5,7 @@ An op is a list of launches, one after the other. It knows no kernel, no driver 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class GpuSource(Source):
 @dataclass(frozen=True)
 class Stretch:
     """Another way to run ops begin .. end − 1 (end excluded) in decode steps of so many sequences, each with one token
-    and one row of logits. It leaves behind what those ops leave that others read, on GPUs of so many processors.
+    and one row of logits. It leaves behind what those ops leave that others read. processors: of the GPU; 0: any.
     """
 
     begin: int
@@ -109,9 +109,14 @@ def to_json(source: GpuSource) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> GpuSource:
     """The inverse of `to_json`."""
     launches = tuple(
-        Launch(launch["function"], tuple(Size(**size) for size in launch["grid"]), launch["threads"],
+        Launch(launch["function"], _grid(launch["grid"]), launch["threads"],
                launch["shared_bytes"], tuple(tuple(a) if isinstance(a, list) else a for a in launch["arguments"]))
         for launch in data["launches"])
     scratch = tuple((name, Size(**size)) for name, size in data["scratch"].items())
     tables = tuple((name, tuple(pointers)) for name, pointers in data["tables"].items())
     return GpuSource((), "", launches, scratch, tuple(data["zeros"].items()), tables)
+
+
+def _grid(sizes: Sequence[Mapping[str, Any]]) -> tuple[Size, Size, Size]:
+    x, y, z = (Size(**size) for size in sizes)
+    return x, y, z

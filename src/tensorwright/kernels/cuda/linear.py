@@ -124,15 +124,18 @@ def _few(op: Op, program: Program, tactic: Tactic) -> GpuSource:
 
 
 def small_linear(op: Op, program: Program, tactic: Tactic, given: tuple[Argument, ...], output: tuple[Argument, ...],
-                 partial_sums: int = 0) -> Launch:
-    """The launch over an input in input order. `partial_sums` of squares of it: the norm that is yet to be applied."""
+                 partial_sums: int = 0, output_type: str = "") -> Launch:
+    """The launch over an input in input order. `partial_sums` of squares of it: the norm that is yet to be applied.
+
+    `output_type`: the C++ type that takes the sums; none: rows of float32.
+    """
     weight, tokens = _weight(op, program), tactic.parameters["tokens"]
     shape, outputs = units.Shape(weight), weight.shape[0]
     stages, stage_units = tactic.parameters["stages"], tactic.parameters["stage_units"]
     order = _order(tactic.layout, outputs)
     kernel = (f"tw::small_linear<{native_weights(weight)}, {shape.tiles * units.UNIT_ROWS}, "
               f"{shape.units * units.UNIT_INPUTS}, {tokens}, {WARPS}, {stages}, {stage_units}, {partial_sums}, "
-              f"tw::Rows<{order}, {outputs}>>")
+              f"{output_type or f'tw::Rows<{order}, {outputs}>'}>")
     return Launch(kernel, (Size("processors"), Size(), Size()), 32 * WARPS,
                   _shared_bytes(weight, tokens, stages, stage_units), (given, output))
 

@@ -76,9 +76,9 @@ def row_order(layout: str, rows: int) -> NDArray[np.int64]:
     packed = np.arange(rows)
     half, number = packed % UNIT_ROWS // 8, packed % 8
     if layout == ROPE:
-        return packed // HEAD * HEAD + half * (HEAD // 2) + packed // UNIT_ROWS % 8 * 8 + number
+        return np.asarray(packed // HEAD * HEAD + half * (HEAD // 2) + packed // UNIT_ROWS % 8 * 8 + number)
     if layout == GATED:
-        return half * (rows // 2) + packed // UNIT_ROWS * 8 + number
+        return np.asarray(half * (rows // 2) + packed // UNIT_ROWS * 8 + number)
     return packed
 
 
@@ -134,7 +134,7 @@ def _zero(weight: Weight) -> int:
 def _codes(weight: Weight, values: Array) -> Array:
     """One number an input: int4 as 0..15, int8, or the bits of a 16-bit number."""
     if weight.dtype == "int4":
-        return np.stack((values & 15, values >> 4), axis=-1).reshape(values.shape[0], -1)
+        return np.asarray(np.stack((values & 15, values >> 4), axis=-1).reshape(values.shape[0], -1))
     return values if weight.dtype == "int8" else np.ascontiguousarray(values).view(np.uint16)
 
 
@@ -173,7 +173,7 @@ def _codes_of_units(dtype: str, units: Array) -> Array:
     if dtype == "int4":
         words = units.view(np.uint32).reshape(tiles, count, 2, 32, 2, 2).transpose(0, 1, 2, 4, 3, 5)
         words = words.reshape(tiles, count, 4, 32, 2)
-        lanes = np.empty((*words.shape, 8), np.uint8)
+        lanes: Array = np.empty((*words.shape, 8), np.uint8)
         for place, number in enumerate(_NIBBLES):
             lanes[..., number] = words >> np.uint32(4 * place) & np.uint32(15)
     elif dtype == "int8":

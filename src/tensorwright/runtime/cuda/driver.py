@@ -40,7 +40,7 @@ class Call:
             self._config.attrs, self._config.numAttrs = [attribute], 1
         self._values = [_structure(kind) for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
-        self._fields = [(value, name) for value in self._values for name, _ in value._fields_]
+        self._fields = [(value, field[0]) for value in self._values for field in value._fields_]
 
     def set(self, index: int, value: int | float) -> None:
         """Argument `index`, counted through all structures."""

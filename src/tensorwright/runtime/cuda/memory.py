@@ -33,12 +33,12 @@ class Weights:
             end += -(-entry["bytes"] // ALIGNMENT) * ALIGNMENT
         self.memory = _empty(max(end, 1), device, "the weights")
         staging = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        copied = [torch.cuda.Event() for _ in staging]
+        copied: list[Any] = [torch.cuda.Event() for _ in staging]  # type: ignore[no-untyped-call]
         with engine.reader.path.open("rb") as file, ThreadPoolExecutor(READERS) as pool:
             for turn, (into, offset, size) in enumerate(self._pieces(engine)):
                 pinned, event = staging[turn % 2], copied[turn % 2]
                 event.synchronize()
-                _read(file.fileno(), memoryview(pinned.numpy())[:size], offset, pool)
+                _read(file.fileno(), pinned.numpy()[:size].data, offset, pool)
                 self.memory[into:into + size].copy_(pinned[:size], non_blocking=True)
                 event.record()
         torch.cuda.synchronize(device)
@@ -107,7 +107,8 @@ def scratch_bytes(engine: Engine, rows: Mapping[str, int]) -> int:
             sizes = {"rows": its_rows, "one": 1}
             most = max(most, scratch_offsets(dict(entries[variant.symbol].scratch), sizes)[1])
     for stretch in engine.manifest["kernels"]["stretches"]:
-        most = max(most, scratch_offsets(dict(entries[stretch["entry"]].scratch), {"one": 1})[1])
+        sizes = {"one": 1, "processors": torch.cuda.get_device_properties(0).multi_processor_count}
+        most = max(most, scratch_offsets(dict(entries[stretch["entry"]].scratch), sizes)[1])
     return most
 
 

@@ -74,7 +74,7 @@ class Plan:
         """The entry that runs these very ops at once, at these sizes on this GPU."""
         for stretch in self._facts["stretches"] if self._uses_stretches and sizes.is_decode else ():
             if (stretch["begin"], stretch["end"]) == (begin, end) and stretch["tokens"] == sizes.tokens \
-                    and stretch["processors"] == self._processors:
+                    and stretch["processors"] in (0, self._processors):
                 return str(stretch["entry"])
         return None
 

@@ -52,7 +52,7 @@ template <class Type, int TOKENS, int ROWS> struct Residual {
   static constexpr bool SQUARES = true;
   float* stream;          // [tokens, ROWS]
   Type* x;                // input order
-  const Type* next_norm;  // [ROWS]
+  const float* next_norm;  // [ROWS]
   float* square_sums;     // [partial sums, tokens]
 
   __device__ float store(int tile, int g, int token, float lower, float upper) const {
@@ -60,8 +60,8 @@ template <class Type, int TOKENS, int ROWS> struct Residual {
     float* at = stream + (size_t)token * ROWS + row;
     lower += at[0], upper += at[8];
     at[0] = lower, at[8] = upper;
-    x[input_index<TOKENS>(token, row)] = from_float<Type>(lower * to_float(next_norm[row]));
-    x[input_index<TOKENS>(token, row + 8)] = from_float<Type>(upper * to_float(next_norm[row + 8]));
+    x[input_index<TOKENS>(token, row)] = from_float<Type>(lower * next_norm[row]);
+    x[input_index<TOKENS>(token, row + 8)] = from_float<Type>(upper * next_norm[row + 8]);
     return lower * lower + upper * upper;
   }
 };
