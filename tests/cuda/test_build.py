@@ -17,13 +17,12 @@ from tensorwright.errors import BuildError, IncompatibleEngineError, UsageError
 from tensorwright.kernels.cuda.launch import from_json, to_json
 from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
 from tensorwright.runtime.llm import LLM
-from tensorwright.testing.engines import Recipe, build_engine
+from tensorwright.testing.engines import Recipe, build_dummy, build_engine
 from tensorwright.testing.tiny import TinyModel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
-LARGER = Recipe(TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=8, head_size=128,
-                          intermediate_size=3584, vocab_size=384),
-                "float16", "W4A16", 128)
+LARGER = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+                   vocab_size=2048)
 FEW_BYTES = 64  # that a kernel may put aside before its loop
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
 
@@ -54,7 +53,7 @@ def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
 
 
 def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None:
-    folder = built(LARGER, tmp_path, "sm_90")
+    folder = build_dummy(LARGER, tmp_path, "float16", target="sm_90")
     facts = kernels_of(folder)
     assert sorted(stretch["tokens"] for stretch in facts["stretches"]) == [1, 2, 4, 8, 16, 32, 64]
     for stretch in facts["stretches"]:

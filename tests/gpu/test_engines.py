@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tensorwright.checkpoint.convert import DType
 from tensorwright.engine.engine import Engine
 from tensorwright.runtime.batch import SamplingRow
 from tensorwright.runtime.llm import LLM
 from tensorwright.runtime.parameters import SamplingParameters
 from tensorwright.runtime.sampling import choose
 from tensorwright.testing.differential import compare_steps
-from tensorwright.testing.engines import Recipe, build_engine
+from tensorwright.testing.engines import Recipe, build_dummy, build_engine
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
@@ -69,15 +70,15 @@ def test_a_recorded_step_gives_the_bits_of_a_launched_one(engine_dir: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_stretch_leaves_what_its_ops_leave(dtype: str, tmp_path: Path) -> None:
+def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, tmp_path: Path) -> None:
     """Steps of up to 64 sequences in fewer launches against the same steps op by op: logits, then caches."""
     from tensorwright.runtime.cuda.executor import CudaExecutor
 
-    model = TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=8, head_size=128,
-                      intermediate_size=3584, vocab_size=384)
-    build = {"target": "native", "max_seq_len": 512, "max_batch_size": 64, "max_num_tokens": 1024}
-    engine = Engine.open(build_engine(Recipe(model, dtype, "W4A16", 128, build=build), tmp_path))  # type: ignore[arg-type]
-    assert engine.manifest["kernels"]["stretches"]
+    model = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+                      vocab_size=2048)
+    engine = Engine.open(build_dummy(model, tmp_path, dtype, target="native", tokens_per_block=16, max_seq_len=512,
+                                     max_num_tokens=1024))
+    assert len(engine.manifest["kernels"]["stretches"]) == 7
     fused, plain = (CudaExecutor(engine, num_blocks=128, stretches=stretches) for stretches in (True, False))
     for lengths in ((300,), (300, 17), (5, 40, 1), (300, 1, 33, 60, 7), (9,) * 16, (31, 2) * 10, (3,) * 60):
         prompt = make_batch([(n, n) for n in lengths], 16, num_outputs=1)[0]

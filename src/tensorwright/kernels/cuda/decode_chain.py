@@ -20,6 +20,7 @@ from tensorwright.program.program import Op, Program, Weight
 
 SMALL, BATCHED = (4,), (8, 16, 32, 64)  # sequences, by the linear that runs them
 WARPS, X_STAGES, STATIC_SHARED = 8, 3, 6 << 10  # of native/linear_batched.cuh
+BLOCK_ROWS, MOST_PROCESSORS = units.UNIT_ROWS * WARPS, 192
 MIN_CHUNK, BLOCKS_OF_ATTENTION = 256, 1056
 LOG2E = 1.4426950408889634
 
@@ -46,7 +47,7 @@ class _Chain:
     @property
     def partial_sums(self) -> int:
         """Of squares, that an output projection leaves: one for a row tile, or for a block of eight."""
-        return self.shapes.hidden // (units.UNIT_ROWS * (1 if self.tokens in SMALL else WARPS))
+        return self.shapes.hidden // (units.UNIT_ROWS if self.tokens in SMALL else BLOCK_ROWS)
 
 
 def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
@@ -58,12 +59,16 @@ def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
 
 
 def _fits(chain: _Chain) -> bool:
-    rows = [program_weight(op, chain.program).shape[0] for op in (*chain.decoder.layers[0], chain.program.ops[-1])
-            if op.kind == "linear"]
-    inputs = [program_weight(op, chain.program).shape[1] for op in chain.decoder.layers[0] if op.kind == "linear"]
-    return (all(count % (units.UNIT_ROWS * WARPS) == 0 for count in rows)
-            and all(count % units.UNIT_INPUTS == 0 for count in inputs)
+    shapes = [program_weight(op, chain.program).shape for op in (*chain.decoder.layers[0], chain.program.ops[-1])
+              if op.kind == "linear"]
+    return (all(rows % BLOCK_ROWS == 0 and inputs % units.UNIT_INPUTS == 0 for rows, inputs in shapes)
+            and (chain.tokens in SMALL or all(_steps(shape) >= MOST_PROCESSORS for shape in shapes))
             and chain.shapes.heads // chain.shapes.kv_heads <= 8)
+
+
+def _steps(shape: tuple[int, ...]) -> int:
+    """Of batched_linear, which are dealt out to its blocks: each must have one, or the last sum is never made."""
+    return shape[0] // BLOCK_ROWS * (shape[1] // units.UNIT_INPUTS)
 
 
 def _source(chain: _Chain) -> GpuSource | None:
@@ -125,8 +130,9 @@ def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argum
     if chain.tokens in SMALL:
         tactics = Linear().tactics(op, chain.program, chain.target)
         tactic = next((t for t in tactics if t.parameters.get("tokens") == chain.tokens), None)
-        return tactic and small_linear(op, chain.program, tactic, given, output, sums, output_type)
-    per_processor = 2 if chain.tokens <= 16 and weight.is_quantized else 1
+        return None if tactic is None else small_linear(op, chain.program, tactic, given, output, sums, output_type)
+    is_light = chain.tokens <= 16 and weight.is_quantized
+    per_processor = 2 if is_light and _steps(weight.shape) >= 2 * MOST_PROCESSORS else 1
     stages = _stages(shape, chain, per_processor)
     if stages is None:
         return None
