@@ -78,7 +78,7 @@ def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, tmp_path: Path) -> No
                       vocab_size=2048)
     engine = Engine.open(build_dummy(model, tmp_path, dtype, target="native", tokens_per_block=16, max_seq_len=512,
                                      max_num_tokens=1024))
-    assert len(engine.manifest["kernels"]["stretches"]) == 7
+    assert len(engine.manifest["kernels"]["stretches"]) == 9
     fused, plain = (CudaExecutor(engine, num_blocks=128, stretches=stretches) for stretches in (True, False))
     for lengths in ((300,), (300, 17), (5, 40, 1), (300, 1, 33, 60, 7), (9,) * 16, (31, 2) * 10, (3,) * 60):
         prompt = make_batch([(n, n) for n in lengths], 16, num_outputs=1)[0]

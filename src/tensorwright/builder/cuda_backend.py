@@ -41,7 +41,7 @@ class CudaBackend:
                    if isinstance(source, GpuSource)}
         sources[GREEDY] = greedy_source(plan.program)
         stretches = decode_stretches(plan.program, plan.target, _layouts(plan))
-        sources |= {f"decode_{stretch.tokens}": stretch.source for stretch in stretches}
+        sources |= {stretch.entry: stretch.source for stretch in stretches}
         modules = compile_modules(sources.values(), plan.target)
         code, starts = b"", []
         for module in modules:
@@ -53,7 +53,7 @@ class CudaBackend:
             "flags": list(plan.target.flags), "nvrtc": nvrtc_version(), "overlap": can_overlap(plan.target),
             "modules": [[start, len(module.cubin)] for start, module in zip(starts, modules, strict=True)],
             "stretches": [{"begin": s.begin, "end": s.end, "tokens": s.tokens, "processors": s.processors,
-                           "entry": f"decode_{s.tokens}"} for s in stretches],
+                           "entry": s.entry} for s in stretches],
             "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}})
 
     def can_measure(self, target: Target) -> bool:

@@ -1,4 +1,4 @@
-"""A decode step of 4 to 64 sequences in five launches a layer: qkv with rope and cache write, attention, output
+"""A decode step of 1 to 64 sequences in five launches a layer: qkv with rope and cache write, attention, output
 projection with residual, gate and up with their product, down with residual.
 
 It is a stretch. Activations are 16-bit and in the order that the next linear reads; the residual stream is float32, and
@@ -18,7 +18,7 @@ from tensorwright.kernels.cuda.targets import SHARED_BYTES
 from tensorwright.kernels.interface import Target
 from tensorwright.program.program import Op, Program, Weight
 
-SMALL, BATCHED = (4,), (8, 16, 32, 64)  # sequences, by the linear that runs them
+SMALL, BATCHED = (1, 2, 4), (8, 16, 32, 64)  # sequences, by the linear that runs them
 WARPS, X_STAGES, STATIC_SHARED = 8, 3, 6 << 10  # of native/linear_batched.cuh
 BLOCK_ROWS, MOST_PROCESSORS = units.UNIT_ROWS * WARPS, 192
 MIN_CHUNK, BLOCKS_OF_ATTENTION = 256, 1056
@@ -63,7 +63,7 @@ def _fits(chain: _Chain) -> bool:
               if op.kind == "linear"]
     return (all(rows % BLOCK_ROWS == 0 and inputs % units.UNIT_INPUTS == 0 for rows, inputs in shapes)
             and (chain.tokens in SMALL or all(_steps(shape) >= MOST_PROCESSORS for shape in shapes))
-            and chain.shapes.heads // chain.shapes.kv_heads <= 8)
+            and chain.partial_sums >= WARPS and chain.shapes.heads // chain.shapes.kv_heads <= 8)
 
 
 def _steps(shape: tuple[int, ...]) -> int:

@@ -13,9 +13,8 @@ from tensorwright.program.program import Program
 
 
 def decode_stretches(program: Program, target: Target, layouts: Mapping[str, str]) -> tuple[Stretch, ...]:
-    """One for each number of sequences at most; `layouts`: of each weight by name. None for programs of other kinds."""
+    """The best first, for each number of sequences; `layouts`: of each weight by name. None for other programs."""
     decoder = recognise(program, layouts)
     if decoder is None:
         return ()
-    found = (*layer_stretches(decoder, program, target), *chain_stretches(decoder, program, target))
-    return tuple({stretch.tokens: stretch for stretch in reversed(found)}.values())
+    return (*layer_stretches(decoder, program, target), *chain_stretches(decoder, program, target))

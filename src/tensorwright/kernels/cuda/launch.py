@@ -79,6 +79,11 @@ class Stretch:
     processors: int
     source: GpuSource
 
+    @property
+    def entry(self) -> str:
+        """Its name in the manifest."""
+        return f"decode_{self.tokens}" + (f"_on_{self.processors}" if self.processors else "")
+
 
 def gpu_source(headers: tuple[str, ...], *launches: Launch, scratch: Mapping[str, Size] | None = None) -> GpuSource:
     """The launches of one op; a GPU op has no single function."""

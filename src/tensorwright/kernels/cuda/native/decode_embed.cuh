@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(256) embed(const EmbeddingInput<Type> input, c
   for (int k = threadIdx.x; k < H; k += 256) {
     const float value = to_float(from[k]);
     output.stream[(size_t)token * H + k] = value;
-    output.x[input_index<TOKENS>(token, k)] = from_float<Type>(value * output.next_norm[k]);
+    output.x[input_index<TOKENS>(token, k)] = to_finite<Type>(value * output.next_norm[k]);
     sum += value * value;
   }
   for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
     const int own = tile - shared.first_tile[1], row = tile * 16 + lane % 8;
     const float* weights = shared.norms[norm][own];
     if (lane < 8) shared.stream[own][token][lane] = lower, shared.stream[own][token][lane + 8] = upper;
-    const float x_lower = lower * weights[lane % 8], x_upper = upper * weights[lane % 8 + 8];
+    const float x_lower = finite<Type>(lower * weights[lane % 8]), x_upper = finite<Type>(upper * weights[lane % 8 + 8]);
     const float lower_pair = __shfl_xor_sync(~0u, x_lower, 1), upper_pair = __shfl_xor_sync(~0u, x_upper, 1);
     if (lane < 8) {
       if (lane % 2 == 0) publish(to + input_index<TOKENS>(token, row) / 2, tw::pack<Type>(x_lower, lower_pair), epoch);
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
     });
 
     linear(Constant<2>{}, Constant<HIDDEN>{}, input.x_mlp, input.square_sums_mlp, epoch, [&](int tile, int token, float lower, float upper) {
-      const float y = lower / (1.f + __expf(-lower)) * upper, pair = __shfl_xor_sync(~0u, y, 1);
+      const float y = finite<Type>(lower / (1.f + __expf(-lower)) * upper), pair = __shfl_xor_sync(~0u, y, 1);
       if (lane < 8 && lane % 2 == 0) publish(input.gated + input_index<TOKENS>(token, tile * 8 + lane) / 2, tw::pack<Type>(y, pair), epoch);
     });
 
@@ -373,8 +373,8 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
       if (is_final && lane < 8) {
         const int row = tile * 16 + lane;
         const float* norm = shared.norms[1][tile - shared.first_tile[1]];
-        input.x_out[input_index<TOKENS>(token, row)] = from_float<Type>(lower * norm[lane]);
-        input.x_out[input_index<TOKENS>(token, row + 8)] = from_float<Type>(upper * norm[lane + 8]);
+        input.x_out[input_index<TOKENS>(token, row)] = to_finite<Type>(lower * norm[lane]);
+        input.x_out[input_index<TOKENS>(token, row + 8)] = to_finite<Type>(upper * norm[lane + 8]);
         input.stream_out[(size_t)token * HIDDEN + row] = lower, input.stream_out[(size_t)token * HIDDEN + row + 8] = upper;
         if (lane == 0) input.square_sums_out[tile * TOKENS + token] = squares;
       }

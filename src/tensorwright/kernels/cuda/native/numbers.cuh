@@ -9,11 +9,6 @@ enum class Function { none, silu, gelu, gelu_tanh };
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(signed char x) { return x; }
 
-// Large values of a 16-bit type stay finite: an infinity would make the whole row one.
-template <class Type> __device__ Type to_finite(float x);
-template <> __device__ inline half to_finite<half>(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.f), 65504.f)); }
-template <> __device__ inline bfloat16 to_finite<bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
 template <Function FUNCTION> __device__ inline float activate(float x) {
   if (FUNCTION == Function::silu) return x / (1.f + __expf(-x));
   if (FUNCTION == Function::gelu) return x * 0.5f * (1.f + erff(x * 0.70710678118654752f));

@@ -60,8 +60,8 @@ template <class Type, int TOKENS, int ROWS> struct Residual {
     float* at = stream + (size_t)token * ROWS + row;
     lower += at[0], upper += at[8];
     at[0] = lower, at[8] = upper;
-    x[input_index<TOKENS>(token, row)] = from_float<Type>(lower * next_norm[row]);
-    x[input_index<TOKENS>(token, row + 8)] = from_float<Type>(upper * next_norm[row + 8]);
+    x[input_index<TOKENS>(token, row)] = to_finite<Type>(lower * next_norm[row]);
+    x[input_index<TOKENS>(token, row + 8)] = to_finite<Type>(upper * next_norm[row + 8]);
     return lower * lower + upper * upper;
   }
 };
@@ -72,7 +72,7 @@ template <class Type, int TOKENS> struct Gated {
   Type* y;  // input order
 
   __device__ float store(int tile, int g, int token, float lower, float upper) const {
-    y[input_index<TOKENS>(token, tile * 8 + g)] = from_float<Type>(lower / (1.f + __expf(-lower)) * upper);
+    y[input_index<TOKENS>(token, tile * 8 + g)] = to_finite<Type>(lower / (1.f + __expf(-lower)) * upper);
     return 0.f;
   }
 };

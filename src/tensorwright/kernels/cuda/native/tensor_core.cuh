@@ -28,6 +28,12 @@ template <class Type> __device__ Type from_float(float x);
 template <> __device__ inline half from_float<half>(float x) { return __float2half_rn(x); }
 template <> __device__ inline bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// Large values stay finite in a 16-bit type: an infinity would make the whole row one.
+template <class Type> __device__ float finite(float x);
+template <> __device__ inline float finite<half>(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
+template <> __device__ inline float finite<bfloat16>(float x) { return x; }
+template <class Type> __device__ inline Type to_finite(float x) { return from_float<Type>(finite<Type>(x)); }
+
 // Two numbers as one register; `lower` is the lower half.
 template <class Type> __device__ u32 pack(float lower, float upper);
 template <> __device__ inline u32 pack<half>(float lower, float upper) {
