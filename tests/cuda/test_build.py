@@ -17,6 +17,7 @@ from tensorwright.errors import BuildError, IncompatibleEngineError, UsageError
 from tensorwright.kernels.cuda.launch import from_json, to_json
 from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
 from tensorwright.runtime.llm import LLM
+from tensorwright.testing.cubin import argument_sizes, parameter_sizes
 from tensorwright.testing.engines import Recipe, build_dummy, build_engine
 from tensorwright.testing.tiny import TinyModel
 
@@ -34,6 +35,20 @@ def built(recipe: Recipe, folder: Path, target: str) -> Path:
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(TINY, tmp_path_factory.mktemp("sm_90"), "sm_90")
+
+
+def check_arguments(engine_dir: Path) -> None:
+    """Every launch hands over as many bytes for each parameter as the compiled kernel takes."""
+    engine = Engine.open(engine_dir)
+    code, facts = engine.kernels(), engine.manifest["kernels"]
+    wanted: dict[str, list[int]] = {}
+    for start, size in facts["modules"]:
+        wanted |= parameter_sizes(code[start:start + size])
+    for entry in facts["entries"].values():
+        for launch in from_json(entry).launches:
+            if launch.function != "matmul":
+                symbol = facts["functions"][launch.function]["symbol"]
+                assert argument_sizes(launch.arguments) == wanted[symbol], launch.function
 
 
 def kernels_of(engine_dir: Path) -> dict[str, Any]:
@@ -55,6 +70,7 @@ def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
 def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None:
     folder = build_dummy(LARGER, tmp_path, "float16", target="sm_90")
     facts = kernels_of(folder)
+    check_arguments(folder)
     assert [stretch["tokens"] for stretch in facts["stretches"]] == [1, 2, 1, 2, 4, 8, 16, 32, 64]
     for stretch in facts["stretches"]:
         source = from_json(facts["entries"][stretch["entry"]])
@@ -63,6 +79,10 @@ def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None
             shared = facts["functions"][launch.function]["shared_bytes"] + launch.shared_bytes
             assert shared <= SHARED_BYTES["sm_90"], launch.function
         assert len(dict(source.tables).get("layers", ())) == (2 * 7 if stretch["processors"] else 0)
+
+
+def test_launches_hand_over_what_kernels_take(engine_dir: Path) -> None:
+    check_arguments(engine_dir)
 
 
 def test_other_programs_and_targets_run_op_by_op(engine_dir: Path) -> None:
