@@ -1,6 +1,6 @@
 """Reads what a cubin says of its kernels' parameters, so that launches can be checked without a GPU.
 
-A cubin is an ELF file; `.nv.info.<kernel>` holds attributes: a format byte, a number, then a value or a length. Of these,
+A cubin is an ELF file; `.nv.info.<kernel>` holds attributes: a format byte, a number, and a value or a length. In it,
 number 0x17 describes one parameter: its place among them, its offset and its size.
 """
 
