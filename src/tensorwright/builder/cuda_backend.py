@@ -53,7 +53,7 @@ class CudaBackend:
             "flags": list(plan.target.flags), "nvrtc": nvrtc_version(), "overlap": can_overlap(plan.target),
             "modules": [[start, len(module.cubin)] for start, module in zip(starts, modules, strict=True)],
             "stretches": [{"begin": s.begin, "end": s.end, "tokens": s.tokens, "processors": s.processors,
-                           "entry": s.entry} for s in stretches],
+                           "window": s.window, "entry": s.entry} for s in stretches],
             "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}})
 
     def can_measure(self, target: Target) -> bool:

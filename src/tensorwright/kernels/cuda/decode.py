@@ -26,7 +26,7 @@ def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
         return ()
     sources = {tokens: _source(program, target, decoder.layers, decoder.shapes, tokens, processors)
                for tokens in MOST_SLOTS if _fits(decoder.shapes, tokens)}
-    return tuple(Stretch(0, len(program.ops), tokens, processors, source)
+    return tuple(Stretch(0, len(program.ops), tokens, processors, source, decoder.window)
                  for tokens, source in sources.items() if source is not None)
 
 

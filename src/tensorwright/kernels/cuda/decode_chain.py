@@ -54,7 +54,7 @@ def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
     """One for each number of sequences whose kernels fit the shapes and the target."""
     chains = [_Chain(program, target, decoder, tokens) for tokens in (*SMALL, *BATCHED)]
     sources = {chain.tokens: _source(chain) for chain in chains if _fits(chain)}
-    return tuple(Stretch(0, len(program.ops), tokens, 0, source)
+    return tuple(Stretch(0, len(program.ops), tokens, 0, source, decoder.window)
                  for tokens, source in sources.items() if source is not None)
 
 

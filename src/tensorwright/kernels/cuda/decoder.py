@@ -26,17 +26,24 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The ops of each layer, between an embedding and gathered rows with an lm_head."""
+    """The ops of each layer, between an embedding and gathered rows with an lm_head.
+
+    window: the smallest of any layer, which sequences of so many tokens do not notice yet; 0: none.
+    """
 
     layers: tuple[tuple[Op, ...], ...]
     shapes: Shapes
+    window: int
 
 
 def recognise(program: Program, layouts: Mapping[str, str]) -> Decoder | None:
     """The program as such a decoder, if its weights (`layouts` by name) lie as fused epilogues want them."""
     layers = _layers(program)
     shapes = None if layers is None else _shapes(layers, program, layouts)
-    return None if layers is None or shapes is None else Decoder(tuple(layers), shapes)
+    if layers is None or shapes is None:
+        return None
+    windows = [int(attention.attributes["window"]) for _, _, attention, *_ in layers]
+    return Decoder(tuple(layers), shapes, min((window for window in windows if window > 0), default=0))
 
 
 def _layers(program: Program) -> list[tuple[Op, ...]] | None:
@@ -70,7 +77,7 @@ def _shapes_of_layer(ops: tuple[Op, ...], program: Program) -> Shapes | None:
         and ["norm" in op.weights for op in linears] == [True, False, True, False]
         and [len(op.inputs) for op in linears] == [1, 2, 1, 2] and proj.attributes["gate"] == "silu"
         and len({(w.dtype, w.group_size, w.scale_dtype) for w in held}) == 1 and held[0].group_size > 0
-        and a["head_size"] == HEAD and not a["window"] and rope.attributes["attention_factor"] == 1.0
+        and a["head_size"] == HEAD and rope.attributes["attention_factor"] == 1.0
         and program.weights[rope.weights["inverse_frequencies"]].shape == (HEAD // 2,)
         and cache.dtype == held[0].scale_dtype and int(cache.shape[3]) % 16 == 0)
     if not is_plain:

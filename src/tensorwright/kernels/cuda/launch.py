@@ -71,6 +71,7 @@ class GpuSource(Source):
 class Stretch:
     """Another way to run ops begin .. end − 1 (end excluded) in decode steps of so many sequences, each with one token
     and one row of logits. It leaves behind what those ops leave that others read. processors: of the GPU; 0: any.
+    window: the most tokens that a sequence may have, the new one included; 0: any number.
     """
 
     begin: int
@@ -78,6 +79,7 @@ class Stretch:
     tokens: int
     processors: int
     source: GpuSource
+    window: int = 0
 
     @property
     def entry(self) -> str:

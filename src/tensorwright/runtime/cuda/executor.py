@@ -66,7 +66,7 @@ class CudaExecutor:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors,
                           stretches=self._stretches_wanted)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
         self._graphs_address = self._inputs.address
         self._chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, device=self.device)
         self._host_chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, pin_memory=True)
@@ -115,15 +115,16 @@ class CudaExecutor:
 
     def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
         """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
-        if bucket.tokens not in self._graphs:
-            self._graphs[bucket.tokens] = None
+        key = bucket.tokens, self._plan.stretch(0, len(self.program.ops), bucket)
+        if key not in self._graphs:
+            self._graphs[key] = None
             return False
-        graph = self._graphs[bucket.tokens]
+        graph = self._graphs[key]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
                 self._launch(0, len(self.program.ops), bucket, inputs)
-            self._graphs[bucket.tokens] = graph
+            self._graphs[key] = graph
         graph.replay()
         return True
 

@@ -23,6 +23,7 @@ class Sizes:
     table_width: int
     max_query_length: int
     is_decode: bool = False  # one token and one row of logits for every sequence, in order; padded to a bucket
+    longest: int = 0  # tokens of the longest sequence of such a step, the new one included
 
     def of(self, name: str) -> int:
         """Numbers of a batch input."""
@@ -92,4 +93,4 @@ def decode_bucket(batch: Batch, buckets: tuple[int, ...], table_width: int) -> S
         return None
     if batch.output_rows.shape[0] != count or not (batch.output_rows == np.arange(count)).all():
         return None
-    return Sizes(bucket, bucket, bucket, table_width, 1, is_decode=True)
+    return Sizes(bucket, bucket, bucket, table_width, 1, is_decode=True, longest=int(batch.kv_lengths.max(initial=0)))

@@ -60,7 +60,7 @@ class Plan:
     def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
         """Launch ops begin .. end − 1 on the stream, over batch inputs at these addresses."""
         symbols = {"one": 1, "processors": self._processors, **vars(sizes)}
-        if (entry := self._stretch(begin, end, sizes)) is not None:
+        if (entry := self.stretch(begin, end, sizes)) is not None:
             self._run_entry(None, (begin, entry), self._entries[entry], symbols, inputs, stream)
             return
         for index in range(begin, end):
@@ -70,13 +70,10 @@ class Plan:
             if symbols["rows"] > 0:
                 self._run_entry(op, (index, symbol), self._entries[symbol], symbols, inputs, stream)
 
-    def _stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
+    def stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
         """The entry that runs these very ops at once, at these sizes on this GPU."""
-        for stretch in self._facts["stretches"] if self._uses_stretches and sizes.is_decode else ():
-            if (stretch["begin"], stretch["end"]) == (begin, end) and stretch["tokens"] == sizes.tokens \
-                    and stretch["processors"] in (0, self._processors):
-                return str(stretch["entry"])
-        return None
+        return stretch_for(self._facts["stretches"] if self._uses_stretches else (), begin, end, sizes,
+                           self._processors)
 
     def _run_entry(self, op: Op | None, key: tuple[int, str], source: GpuSource, symbols: Symbols, inputs: Symbols,
                    stream: int) -> None:
@@ -176,6 +173,17 @@ class Plan:
         if operand in self._caches.tensors:
             return int(self._caches.tensors[operand].data_ptr())
         return self._activations.address(operand)
+
+
+def stretch_for(stretches: Sequence[Mapping[str, Any]], begin: int, end: int, sizes: Sizes,
+                processors: int) -> str | None:
+    """The entry of the first of a manifest's stretches that may run these ops at these sizes on such a GPU."""
+    for stretch in stretches if sizes.is_decode else ():
+        is_wanted = (stretch["begin"], stretch["end"], stretch["tokens"]) == (begin, end, sizes.tokens)
+        is_seen_whole = not stretch["window"] or sizes.longest <= stretch["window"]
+        if is_wanted and is_seen_whole and stretch["processors"] in (0, processors):
+            return str(stretch["entry"])
+    return None
 
 
 def _operand(op: Op | None, argument: str) -> str | None:
