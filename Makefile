@@ -32,8 +32,10 @@ bench: .venv-dev/ready
 accuracy: .venv-dev/ready
 	$(DEV)/python benchmarks/accuracy.py
 
+# On a machine with an NVIDIA GPU, with the Python that has torch, cuda-bindings and NVRTC: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(DEV)/python
 test-gpu:
-	@echo "There are no GPU tests yet: this version builds for CPUs only."
+	$(GPU_PYTHON) -m pytest -q -rs tests/gpu
 
 lines:
 	@python3 scripts/check_structure.py --lines

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.layouts import DTYPES
 from tensorwright.kernels.cpu.linear import Linear
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.cpu.targets import TARGET_NAMES, resolve_target
-from tensorwright.kernels.interface import Tactic, Target, Tensor
+from tensorwright.kernels.interface import Tactic, Target, Tensor, symbols
 from tensorwright.program.program import Buffer, Op, Program, Weight
 
 ROTATED_BYTES = 256 << 20
@@ -68,7 +68,7 @@ class Bench:
         code = compile_shared(engine_source(sources), target)
         self.compile_s = time.perf_counter() - start
         self.library = load_library(code)
-        self.symbols = dict(zip(self.programs, kernel_symbols(sources), strict=True))
+        self.symbols = dict(zip(self.programs, symbols(sources), strict=True))
         self.pool = thread_pool(self.library, threads).pointer
 
     def measure(self, name: str, rows: int, *, budget_s: float = 0.5) -> Measurement:

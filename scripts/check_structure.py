@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": EVERYTHING,
     "testing": EVERYTHING,
 }
-SUFFIXES = (".py", ".h", ".cpp")
+SUFFIXES = (".py", ".h", ".cpp", ".cuh")
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

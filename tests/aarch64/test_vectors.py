@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from tensorwright.engine.format import KERNELS, Reader
 from tensorwright.kernels.cpu.abi import Run, Sampling
-from tensorwright.kernels.cpu.compile import FLAGS, engine_source, kernel_symbols
+from tensorwright.kernels.cpu.compile import FLAGS, engine_source
 from tensorwright.kernels.cpu.registry import find_kernel
 from tensorwright.kernels.cpu.targets import PORTABLE, TARGETS
-from tensorwright.kernels.interface import Target, Tensor
+from tensorwright.kernels.interface import Target, Tensor, symbols
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Program, Weight
 from tensorwright.runtime import sampling
@@ -215,13 +215,13 @@ def compile_driver(target: Target, folder: Path) -> tuple[Path, tuple[str, ...]]
         kernel = find_kernel(program.ops[0], program, target)
         sources.append(kernel.source(program.ops[0], program, kernel.tactics(program.ops[0], program, target)[0]))
     (folder / "engine.cpp").write_text(engine_source(sources), encoding="utf-8")
-    symbols = kernel_symbols(sources)
+    names = symbols(sources)
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
-    command = [COMPILER, *flags, *target.flags, "-static", f"-DTW_KERNELS={','.join(dict.fromkeys(symbols))}",
+    command = [COMPILER, *flags, *target.flags, "-static", f"-DTW_KERNELS={','.join(dict.fromkeys(names))}",
                f"-I{folder}", str(Path(__file__).with_name("driver.cpp")), "-o", str(folder / "driver"), "-lm"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[:3000]
-    return folder / "driver", symbols
+    return folder / "driver", names
 
 
 class Results:

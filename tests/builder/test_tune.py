@@ -116,7 +116,7 @@ def test_a_build_for_another_machine_takes_times_from_there(
     (table,) = content["machines"].values()
     content["machines"] = {"the other machine": table}
     times.write_text(json.dumps(content))
-    monkeypatch.setattr("tensorwright.builder.build.can_measure", lambda target: False)
+    monkeypatch.setattr("tensorwright.builder.cpu_backend.can_measure", lambda target: False)
     forbid_measuring(monkeypatch)
     engine = built(checkpoint, tmp_path / "f", tokens_per_block=32, input_timing_cache=times)
     assert whys(engine) == {"cached"}

@@ -10,10 +10,10 @@ import pytest
 
 from tensorwright.errors import BuildError, EngineError, IncompatibleEngineError, UsageError
 from tensorwright.kernels.cpu import compile as compiling
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source, find_compiler, kernel_symbols
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source, find_compiler
 from tensorwright.kernels.cpu.elf import needed_libraries, required_glibc, version_key
 from tensorwright.kernels.cpu.targets import TARGET_NAMES, check_target, machine_features, resolve_target
-from tensorwright.kernels.interface import Source, Target
+from tensorwright.kernels.interface import Source, Target, symbols
 
 ENTRIES = [Source(("elementwise.h",), "tw::add<16>::run"), Source(("elementwise.h",), "tw::multiply<16>::run"),
            Source(("elementwise.h",), "tw::add<16>::run")]
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_equal_functions_share_a_symbol() -> None:
-    assert kernel_symbols(ENTRIES) == ("tw_kernel_0", "tw_kernel_1", "tw_kernel_0")
+    assert symbols(ENTRIES) == ("tw_kernel_0", "tw_kernel_1", "tw_kernel_0")
     source = engine_source(ENTRIES)
     assert '#include "' not in source
     assert source.count("void tw_kernel_") == 2

@@ -6,7 +6,6 @@ It knows the order of things and what is written where; `rank.py` knows how one 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,25 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import tensorwright
+from tensorwright.builder.backends import backend_for, backend_of
+from tensorwright.builder.dummy import DummySource
 from tensorwright.builder.folder import copy_tokenizer, engine_folder
 from tensorwright.builder.limits import derive, rope_factor
 from tensorwright.builder.options import BuildOptions
-from tensorwright.builder.pack import CheckpointSource, check_names
+from tensorwright.builder.pack import CheckpointSource, WeightSource, check_names
 from tensorwright.builder.passes import run_passes
 from tensorwright.builder.passes.context import Context
 from tensorwright.builder.rank import EngineFacts, build_rank
 from tensorwright.builder.rebuild import rebuild_kernels
 from tensorwright.builder.report import BuildReport, engine_config, report_on
 from tensorwright.builder.reuse import build_key, remember, reuse
-from tensorwright.builder.tune import CacheFiles, Tuning, can_measure, tune
-from tensorwright.checkpoint.config import CheckpointConfig, to_json
+from tensorwright.builder.tune import CacheFiles, Tuning
+from tensorwright.checkpoint.config import CheckpointConfig, read_config, to_json
 from tensorwright.checkpoint.reader import Checkpoint
 from tensorwright.engine.config import write_config
 from tensorwright.engine.limits import Limits
 from tensorwright.errors import BuildError, UsageError
-from tensorwright.kernels.cpu.processors import processor_name
-from tensorwright.kernels.cpu.registry import KERNELS
-from tensorwright.kernels.cpu.targets import resolve_target
 from tensorwright.kernels.interface import Target
 from tensorwright.models.decoder import build_program
 from tensorwright.program.program import Program
@@ -55,6 +53,7 @@ class _Job:
     key: str
     rank: int
     tuning: Tuning = Tuning()
+    dummy_weights: bool = False
 
 
 def build(options: BuildOptions, report: Report) -> BuildReport:
@@ -67,8 +66,9 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     if options.checkpoint_dir is None:
         raise UsageError("no checkpoint was given", mend="tensorwright build --checkpoint_dir C --output_dir E")
     begin = time.monotonic()
-    checkpoint = Checkpoint(options.checkpoint_dir)
-    config, target = checkpoint.config, resolve_target(options.target)
+    backend = backend_for(options.target)
+    config = read_config(options.checkpoint_dir) if options.dummy_weights else Checkpoint(options.checkpoint_dir).config
+    target = backend.resolve_target(options.target)
     model = config.model
     limits, notes = derive(options, max_position_embeddings=model.max_position_embeddings,
                            rope_factor=rope_factor(model.rope.kind, model.rope.scaling))
@@ -76,28 +76,35 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
         return _dry_run(options, config, target, limits, notes)
     key = build_key(_facts(options, target), options.checkpoint_dir)
     jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
-                 options.tokens_per_block, options.exact, key, rank) for rank in range(config.tp_size)]
-    measure = not options.no_tune and can_measure(target)
+                 options.tokens_per_block, options.exact, key, rank,
+                 dummy_weights=options.dummy_weights) for rank in range(config.tp_size)]
+    measure = not options.no_tune and backend.can_measure(target)
     with engine_folder(options.output_dir):
         missing = [job for job in jobs if not reuse(key, job.rank, job.output, tuned=measure)]
         _check_space(missing)
-        tuning = tune((_program(job) for job in missing), target, KERNELS, measure=measure,
-                      files=CacheFiles(options.input_timing_cache, options.output_timing_cache), report=report)
+        tuning = backend.tune((_program(job) for job in missing), target, measure=measure, report=report,
+                              files=CacheFiles(options.input_timing_cache, options.output_timing_cache))
         _build_ranks([replace(job, tuning=tuning) for job in missing], options.workers, report)
         copy_tokenizer(options.checkpoint_dir, options.output_dir)
         write_config(options.output_dir, engine_config(options, limits, to_json(config), key))
     return report_on(options.output_dir, limits, [*notes, *tuning.notes], time.monotonic() - begin, reused=not missing)
 
 
-def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False) -> Program:
-    """The program of a rank before kernels are chosen: the model's, after all passes. `exact`: nothing is rounded."""
-    model, quantization = config.model, config.quantization
+def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False,
+               architecture: str = "") -> Program:
+    """The program of a rank before kernels are chosen: the model's, after all passes of the target's backend.
+
+    `exact`: no activation is rounded to int8.
+    """
+    model, quantization, backend = config.model, config.quantization, backend_of(architecture)
+    rounds = backend.rounds_activations and not exact
     context = Context(
         algorithm=quantization.algorithm, group_size=quantization.group_size,
         quantize_lm_head=quantization.quantize_lm_head, scale_dtype=model.dtype, tp_size=config.tp_size, rank=rank,
-        num_kv_heads=model.num_kv_heads, activation_group=0 if exact else Context.activation_group)
+        num_kv_heads=model.num_kv_heads, activation_group=Context.activation_group if rounds else 0)
     kv_dtype = "int8" if quantization.kv_cache == "INT8" else model.dtype
-    return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context)
+    return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context,
+                      backend.passes)
 
 
 def _build_ranks(jobs: list[_Job], workers: int, report: Report) -> None:
@@ -112,21 +119,28 @@ def _build_ranks(jobs: list[_Job], workers: int, report: Report) -> None:
 
 
 def _run(job: _Job, report: Report) -> int:
-    checkpoint = Checkpoint(job.checkpoint_dir)
     facts = EngineFacts(
         rank=job.rank, world_size=job.config.tp_size, build_key=job.key, vocab_size=job.config.model.vocab_size,
         end_ids=job.config.end_ids, tokens_per_block=job.tokens_per_block, model=asdict(job.config.model),
         builder=tensorwright.__version__)
     program = _program(job)
-    check_names(checkpoint, job.rank, program, program_of(job.config, job.tokens_per_block))
-    source = CheckpointSource(checkpoint, job.rank)
-    size = build_rank(program, job.target, facts, source, job.output, report, job.tuning)
+    size = build_rank(program, job.target, facts, _source(job, program), job.output, report, job.tuning)
     remember(job.key, job.rank, job.output)
     return size
 
 
+def _source(job: _Job, program: Program) -> WeightSource:
+    if job.dummy_weights:
+        return DummySource()
+    checkpoint = Checkpoint(job.checkpoint_dir)
+    first = program_of(job.config, job.tokens_per_block, architecture=job.target.architecture)
+    check_names(checkpoint, job.rank, program, first)
+    return CheckpointSource(checkpoint, job.rank)
+
+
 def _program(job: _Job) -> Program:
-    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact)
+    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact,
+                      architecture=job.target.architecture)
 
 
 def _run_quietly(job: _Job) -> int:
@@ -134,13 +148,16 @@ def _run_quietly(job: _Job) -> int:
 
 
 def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
-    return {"version": tensorwright.__version__, "target": asdict(target), "compiler": os.environ.get("CXX", ""),
-            "processor": processor_name(), "tokens_per_block": options.tokens_per_block, "exact": options.exact}
+    own = backend_of(target.architecture).facts(target)
+    return {"version": tensorwright.__version__, "target": asdict(target), **own,
+            "tokens_per_block": options.tokens_per_block, "exact": options.exact,
+            "dummy_weights": options.dummy_weights}
 
 
 def _check_space(jobs: list[_Job]) -> None:
     """Packed weights are about as large as the checkpoint's: refuse before hours of work, not after."""
-    needed = sum((job.checkpoint_dir / f"rank{job.rank}.safetensors").stat().st_size for job in jobs)
+    needed = sum((job.checkpoint_dir / f"rank{job.rank}.safetensors").stat().st_size for job in jobs
+                 if not job.dummy_weights)
     free = shutil.disk_usage(jobs[0].output.parent).free if jobs else 0
     if needed > free:
         raise BuildError(f"the engine needs about {needed / 1e9:.1f} GB, {jobs[0].output.parent} has "
@@ -152,5 +169,7 @@ def _dry_run(options: BuildOptions, config: CheckpointConfig, target: Target, li
     from tensorwright.builder.plan import choose
 
     for rank in range(config.tp_size):
-        choose(program_of(config, options.tokens_per_block, rank, exact=options.exact), target, KERNELS)
+        program = program_of(config, options.tokens_per_block, rank, exact=options.exact,
+                             architecture=target.architecture)
+        choose(program, target, backend_of(target.architecture).kernels)
     return BuildReport(limits=limits, notes=tuple(notes))

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from tensorwright.builder.tactics import BUCKETS, Candidates
 from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.layouts import DTYPES
 from tensorwright.kernels.cpu.load import load_library, thread_pool
-from tensorwright.kernels.interface import Array, Source, Tactic, Target, Tensor
+from tensorwright.kernels.interface import Array, Source, Tactic, Target, Tensor, symbols
 from tensorwright.program.ops import OPS
 from tensorwright.program.program import Program, Weight
 
@@ -181,7 +181,7 @@ def _compiled(cases: Sequence[Case], target: Target, threads: int) -> dict[str, 
     pointers = {}
     for part, shared in zip(parts, objects, strict=True):
         library = load_library(shared)
-        for source, symbol in zip(part, kernel_symbols(part), strict=True):
+        for source, symbol in zip(part, symbols(part), strict=True):
             pointers[source.function] = ctypes.cast(library[symbol], ctypes.c_void_p).value or 0
     return pointers
 

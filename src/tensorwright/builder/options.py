@@ -19,7 +19,10 @@ class BuildOptions:
 
     checkpoint_dir: Path | None = _option(None, "checkpoint folder: config.json and rank*.safetensors")
     output_dir: Path = _option(Path("engine_outputs"), "engine folder; created, and files in it replaced when whole")
-    target: str = _option("native", "machine to build for: native, x86-64-v3, x86-64-v4, aarch64, portable")
+    target: str = _option("native", "machine to build for: native (its GPU, if it has one), cpu, x86-64-v3, x86-64-v4, "
+                                      "aarch64, portable, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120")
+    dummy_weights: bool = _option(
+        False, "random weights, for benchmarks: the checkpoint needs a config.json only (convert --save_config_only)")
     exact: bool = _option(False, "activations stay float32 in linears with quantised weights; slower")
     workers: int = _option(1, "ranks built at the same time")
     rebuild_kernels: Path | None = _option(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Hashable, Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,15 +22,31 @@ class WeightSource(Protocol):
         """The weight, quantised or not as its dtype says."""
 
 
+@runtime_checkable
+class Alike(Protocol):
+    """What a source offers besides where many of its weights are the same: they are packed once."""
+
+    def alike(self, weight: Weight) -> Hashable:
+        """Equal for weights of equal numbers."""
+
+
 def packed_weights(plan: Plan, source: WeightSource) -> Iterator[tuple[Weight, str, str, Array]]:
     """(weight, layout id, kernel name, packed bytes) for every weight once, in the order the ops use them."""
     done: set[str] = set()
+    packed: dict[Hashable, Array] = {}
     for choice in plan.choices:
         for role, name in choice.op.weights.items():
             if name not in done:
                 done.add(name)
                 weight = plan.program.weights[name]
-                yield weight, choice.tactic.layout, choice.kernel.name, _pack(choice, role, weight, plan, source)
+                layout, kernel = choice.tactic.layout, choice.kernel.name
+                if not isinstance(source, Alike):
+                    yield weight, layout, kernel, _pack(choice, role, weight, plan, source)
+                    continue
+                key = (role, layout, kernel, source.alike(weight))
+                if key not in packed:
+                    packed[key] = _pack(choice, role, weight, plan, source)
+                yield weight, layout, kernel, packed[key]
 
 
 def _pack(choice: Choice, role: str, weight: Weight, plan: Plan, source: WeightSource) -> Array:

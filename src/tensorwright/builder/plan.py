@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from tensorwright.builder.tactics import Candidates, Pick, can_be_timed, candidates, pick_all
 from tensorwright.builder.tune import Tuning
 from tensorwright.engine.engine import Variant
-from tensorwright.kernels.cpu.compile import kernel_symbols
-from tensorwright.kernels.interface import Kernel, Source, Tactic, Target
+from tensorwright.kernels.interface import Kernel, Source, Tactic, Target, symbols
 from tensorwright.program.program import Op, Program
 
 
@@ -55,8 +54,8 @@ def choose(program: Program, target: Target, kernels: Sequence[Kernel], tuning: 
     picks = pick_all(found, program, tuning.timings)
     sources = tuple(each.kernel.source(each.op, program, pick.tactic)
                     for each, of_op in zip(found, picks, strict=True) for pick in _changes(of_op))
-    symbols = iter(kernel_symbols(sources))
-    choices = tuple(_choice(each, of_op, [next(symbols) for _ in _changes(of_op)])
+    names = iter(symbols(sources))
+    choices = tuple(_choice(each, of_op, [next(names) for _ in _changes(of_op)])
                     for each, of_op in zip(found, picks, strict=True))
     return Plan(program, target, choices, sources, tuning)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tensorwright.builder.backends import backend_of
 from tensorwright.builder.memory import plan_memory
 from tensorwright.builder.pack import WeightSource, packed_weights
 from tensorwright.builder.plan import Plan, choose
@@ -16,9 +17,6 @@ from tensorwright.builder.tune import Tuning
 from tensorwright.builder.tuning_facts import tuning_facts
 from tensorwright.engine.format import FORMAT_VERSION, KERNELS, MANIFEST, Writer
 from tensorwright.errors import BuildError
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source
-from tensorwright.kernels.cpu.elf import required_glibc
-from tensorwright.kernels.cpu.registry import KERNELS as CPU_KERNELS
 from tensorwright.kernels.interface import Target
 from tensorwright.program.program import Program, to_json
 
@@ -42,20 +40,17 @@ class EngineFacts:
 def build_rank(program: Program, target: Target, facts: EngineFacts, source: WeightSource, output: Path,
                report: Report, tuning: Tuning | None = None) -> int:
     """Write the engine file of a program that went through all passes. Gives its size in bytes."""
-    plan = choose(program, target, CPU_KERNELS, tuning)
+    backend = backend_of(target.architecture)
+    plan = choose(program, target, backend.kernels, tuning)
     report(0, "compiling kernels")
-    try:
-        shared = compile_shared(engine_source(plan.sources), target)
-    except OSError as error:
-        raise BuildError(f"the kernels could not be compiled: {error.strerror}",
-                         mend="make room for temporary files, or set TMPDIR to a folder that has some") from error
+    compiled = backend.compile(plan)
     try:
         with Writer(output, len(program.weights) + 2) as writer:
             table = _write_weights(plan, source, writer, report)
-            writer.add(KERNELS, shared)
-            manifest = json.dumps(_manifest(plan, facts, table, required_glibc(shared))).encode()
+            writer.add(KERNELS, compiled.code)
+            manifest = json.dumps(_manifest(plan, facts, table, compiled.facts)).encode()
             writer.add(MANIFEST, manifest)
-            return writer.finish(_metadata(facts, plan, {KERNELS: shared, MANIFEST: manifest}))
+            return writer.finish(_metadata(facts, plan, {KERNELS: compiled.code, MANIFEST: manifest}))
     except OSError as error:
         raise BuildError(f"{output} could not be written: {error.strerror}; nothing of it was left behind",
                          mend="give another --output_dir, or make room") from error
@@ -72,7 +67,8 @@ def _write_weights(plan: Plan, source: WeightSource, writer: Writer, report: Rep
     return table
 
 
-def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]], glibc: str) -> dict[str, Any]:
+def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]],
+              kernels: Mapping[str, Any]) -> dict[str, Any]:
     memory = plan_memory(plan.program)
     return {
         **asdict(facts),
@@ -83,7 +79,7 @@ def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]], gli
         "tuning": tuning_facts(plan),
         "memory": {"slots": [[slot.rows, slot.columns] for slot in memory.slots], "slot_of": memory.slot_of},
         "weights": weights,
-        "kernels": {"glibc": glibc, "flags": list(plan.target.flags)},
+        "kernels": kernels,
     }
 
 

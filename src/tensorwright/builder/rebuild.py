@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 
 import tensorwright
+from tensorwright.builder.backends import backend_for, backend_of
 from tensorwright.builder.folder import copy_tokenizer, engine_folder
 from tensorwright.builder.options import BuildOptions
 from tensorwright.builder.rank import EngineFacts, build_rank
 from tensorwright.builder.report import BuildReport, report_on
-from tensorwright.builder.tune import CacheFiles, can_measure, tune
+from tensorwright.builder.tune import CacheFiles
 from tensorwright.engine.config import limits_of, read_config, write_config
 from tensorwright.engine.engine import check_format, read_manifest, verify
 from tensorwright.engine.format import Reader
 from tensorwright.errors import BuildError, EngineError, UsageError
-from tensorwright.kernels.cpu.registry import KERNELS
-from tensorwright.kernels.cpu.targets import resolve_target
 from tensorwright.kernels.interface import Kernel, Tensor
 from tensorwright.program.program import Weight, from_json
 
@@ -37,7 +36,8 @@ class EngineSource:
     def __init__(self, reader: Reader, manifest: Mapping[str, Any]) -> None:
         self._reader = reader
         self._table = {entry["name"]: entry for entry in manifest["weights"]}
-        self._kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in KERNELS}
+        kernels = backend_of(reader.metadata["architecture"]).kernels
+        self._kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in kernels}
 
     def __call__(self, weight: Weight) -> Tensor:
         """The weight in the neutral layout, exactly as it was packed from."""
@@ -60,15 +60,19 @@ def rebuild_kernels(options: BuildOptions, report: Report) -> BuildReport:
     if options.exact and not config["build_config"].get("exact"):
         raise UsageError(f"the engine in {source_dir} was built without --exact; --rebuild_kernels keeps its program",
                          mend=f"tensorwright build --checkpoint_dir C --output_dir {output_dir} --exact")
-    target = resolve_target(options.target)
+    backend = backend_for(options.target)
+    target = backend.resolve_target(options.target)
     origin = _origin(config)
     key = f"rebuilt {target.name} {' '.join(target.features)} by {tensorwright.__version__} from {origin}"
     readers = _readers(source_dir, origin)
+    if backend_of(readers[0].metadata["architecture"]).rounds_activations != backend.rounds_activations:
+        raise UsageError(f"the engine in {source_dir} was built for {readers[0].metadata['target']}; GPUs and CPUs run "
+                         "different programs", mend=f"tensorwright build --checkpoint_dir C --target {target.name}")
     manifests = [read_manifest(reader) for reader in readers]
     programs = [from_json(manifest["program"]) for manifest in manifests]
     with engine_folder(output_dir):
-        tuning = tune(programs, target, KERNELS, measure=not options.no_tune and can_measure(target),
-                      files=CacheFiles(options.input_timing_cache, options.output_timing_cache), report=report)
+        tuning = backend.tune(programs, target, measure=not options.no_tune and backend.can_measure(target),
+                              files=CacheFiles(options.input_timing_cache, options.output_timing_cache), report=report)
         for rank, (reader, manifest, program) in enumerate(zip(readers, manifests, programs, strict=True)):
             names = EngineFacts.__dataclass_fields__
             facts = replace(EngineFacts(**{name: manifest[name] for name in names}), build_key=key,

@@ -28,6 +28,7 @@ class BuildReport:
     kv_bytes_per_token: int = 0
     build_s: float = 0.0
     reused: bool = False
+    architecture: str = ""
     tuning: Mapping[str, Any] = field(default_factory=dict)  # `tuning_facts`, of rank 0
 
 
@@ -37,7 +38,8 @@ def report_on(folder: Path, limits: Limits, notes: list[str], build_s: float, *,
     rows = {"tokens": limits.max_num_tokens, "outputs": limits.max_batch_size * limits.max_beam_width}
     activations = sum(rows[symbol] * columns * 4 for symbol, columns in engine.manifest["memory"]["slots"])
     return BuildReport(limits, tuple(notes), engine.reader.path.stat().st_size, engine.weight_bytes, activations,
-                       engine.kv_bytes_per_token, build_s, reused, engine.manifest.get("tuning", {}))
+                       engine.kv_bytes_per_token, build_s, reused, engine.metadata["architecture"],
+                       engine.manifest.get("tuning", {}))
 
 
 def engine_config(options: BuildOptions, limits: Limits, checkpoint_config: Mapping[str, Any],

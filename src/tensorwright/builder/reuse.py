@@ -27,7 +27,7 @@ def build_key(facts: Mapping[str, Any], checkpoint_dir: Path) -> str:
     package = Path(__file__).parent.parent
     for folder in _SOURCES:
         for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".h", ".cpp"):
+            if path.suffix in (".py", ".h", ".cpp", ".cuh"):
                 digest.update(path.read_bytes())
     digest.update((checkpoint_dir / "config.json").read_bytes())
     for path in sorted(checkpoint_dir.glob("rank*.safetensors")):

@@ -82,7 +82,10 @@ def candidates(program: Program, target: Target, kernels: Sequence[Kernel]) -> t
     for op in program.ops:
         kernel = next((kernel for kernel in kernels if kernel.supports(op, program, target)), None)
         if kernel is None:
-            raise BuildError(f"no kernel of target {target.name} can run {op.name} [{op.kind}]")
+            dtypes = sorted({program.weights[name].dtype for name in op.weights.values()})
+            held = f" with weights of {' and '.join(dtypes)}" if dtypes else ""
+            mend = "for GPUs: tensorwright convert --dtype float16, or bfloat16" if "float32" in dtypes else None
+            raise BuildError(f"no kernel of target {target.name} can run {op.name} [{op.kind}]{held}", mend=mend)
         found.append(Candidates(op, kernel, kernel.tactics(op, program, target), _signature(op, program, kernel)))
     return tuple(found)
 

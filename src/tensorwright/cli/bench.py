@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,8 @@ def measure(arguments: argparse.Namespace, communicator: Communicator | None) ->
     ttft_s = _first_token(llm, arguments.input_len, arguments.repeats)
     prompt_records = tuple(recorder.records) if recorder else ()
     peaks = [peak_memory_bytes()]  # the probes' own memory does not count
-    stretches = {batch: _decode(llm, batch, arguments, threads, peaks) for batch in arguments.batch_sizes}
+    read = _reader(llm.engine, threads)
+    stretches = {batch: _decode(llm, batch, arguments, read, peaks) for batch in arguments.batch_sizes}
     limits = measure_limits(llm.engine, threads, [each for found in stretches.values() for each in found])
     chunks = prefill_steps(arguments.input_len, llm.engine.limits.max_num_tokens)
     kv_length = arguments.input_len + arguments.output_len // 2
@@ -186,6 +187,8 @@ def _open(arguments: argparse.Namespace, threads: int,
         from tensorwright.cli.profile import RecordingExecutor
 
         engine = Engine.open(arguments.engine_dir, communicator.rank if communicator else 0)
+        if engine.metadata["architecture"] == "cuda":
+            raise UsageError("--profile times the steps of CPU engines only", mend="leave --profile out")
         recorder = RecordingExecutor(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
     llm = LLM(arguments.engine_dir, threads=threads, block_reuse=False, communicator=communicator,
               max_kv_tokens=num_blocks * size, executor=recorder)
@@ -195,11 +198,26 @@ def _open(arguments: argparse.Namespace, threads: int,
 def measure_limits(engine: Engine, threads: int, stretches: Sequence[Stretch]) -> RooflineLimits:
     """The bandwidth found around all stretches, and the arithmetic of the engine's target on so many threads."""
     from tensorwright.cli.arithmetic import arithmetic_rates
-    from tensorwright.cli.roofline import Limits, operand_widths
+    from tensorwright.cli.roofline import FLOAT_BITS, Limits, operand_widths
     from tensorwright.kernels.cpu.load import load_library
 
+    if engine.metadata["architecture"] == "cuda":
+        from tensorwright.cli.gpu_limits import multiply_rate
+
+        return Limits(_bandwidth(stretches), {FLOAT_BITS: multiply_rate()})
     library = load_library(engine.kernels(), glibc=engine.manifest["kernels"]["glibc"])
     return Limits(_bandwidth(stretches), arithmetic_rates(library, threads, operand_widths(engine)))
+
+
+def _reader(engine: Engine, threads: int) -> Callable[[], float]:
+    """What measures the bandwidth of the machine that the engine runs on, in bytes per second."""
+    if engine.metadata["architecture"] == "cuda":
+        from tensorwright.cli.gpu_limits import read_rate
+
+        return read_rate
+    from tensorwright.cli import bandwidth
+
+    return lambda: bandwidth.read_bandwidth(threads)
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -260,9 +278,9 @@ def _first_token(llm: LLM, input_len: int, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def _decode(llm: LLM, batch: int, arguments: argparse.Namespace, threads: int, peaks: list[int]) -> list[Stretch]:
+def _decode(llm: LLM, batch: int, arguments: argparse.Namespace, read: Callable[[], float],
+            peaks: list[int]) -> list[Stretch]:
     """One stretch of decode steps of so many sequences for each repeat; adds to `peaks` the memory in use after it."""
-    from tensorwright.cli.bandwidth import read_bandwidth
     from tensorwright.cli.machine import resident_bytes
     from tensorwright.runtime.parameters import SamplingParameters
 
@@ -276,10 +294,10 @@ def _decode(llm: LLM, batch: int, arguments: argparse.Namespace, threads: int, p
                 events.append((update.request_id, time.perf_counter(), len(update.token_ids)))
             decoding = {sequence for sequence, _, _ in events}
             if not before and len(decoding) == batch and update.request_id == max(decoding):  # the step's last update
-                before = read_bandwidth(threads)
+                before = read()
                 events = [(sequence, time.perf_counter(), 0) for sequence in decoding]
         peaks.append(resident_bytes())
-        found.append(Stretch(time_per_token(events), (before, read_bandwidth(threads))))
+        found.append(Stretch(time_per_token(events), (before, read())))
     return found
 
 

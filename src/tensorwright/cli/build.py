@@ -171,20 +171,25 @@ def _print_result(options: BuildOptions, report: BuildReport, total_s: float) ->
 
 
 def _print_memory(report: BuildReport) -> None:
-    from tensorwright.cli.machine import available_bytes
+    from tensorwright.cli.machine import available_bytes, free_gpu_bytes
     from tensorwright.cli.tables import format_bytes, print_table
 
-    limits, available = report.limits, available_bytes()
-    room = KV_FRACTION * (available - report.weight_bytes - report.activation_bytes)
-    fit = max(0, int(room // max(1, report.kv_bytes_per_token)))
-    print_table("Memory of one rank", [
+    limits = report.limits
+    available = free_gpu_bytes() if report.architecture == "cuda" else available_bytes()
+    rows: list[tuple[str, ...]] = [
         ("weights", format_bytes(report.weight_bytes)),
         ("activations", format_bytes(report.activation_bytes), f"steps of {limits.max_num_tokens} tokens"),
         ("KV cache, one token", format_bytes(report.kv_bytes_per_token)),
         ("KV cache, longest sequence", format_bytes(report.kv_bytes_per_token * limits.max_seq_len),
-         f"{limits.max_seq_len} tokens"),
-        ("KV tokens that fit", str(fit), f"in {KV_FRACTION:.0%} of what the rest leaves of the "
-                                         f"{format_bytes(available)} free here now")])
+         f"{limits.max_seq_len} tokens")]
+    if available is None:  # built for a GPU, on a machine without one
+        print_table("Memory of one rank", rows)
+        return
+    room = KV_FRACTION * (available - report.weight_bytes - report.activation_bytes)
+    fit = max(0, int(room // max(1, report.kv_bytes_per_token)))
+    print_table("Memory of one rank", [*rows, (
+        "KV tokens that fit", str(fit),
+        f"in {KV_FRACTION:.0%} of what the rest leaves of the {format_bytes(available)} free here now")])
     if fit < limits.max_seq_len:
         note(f"a sequence of {limits.max_seq_len} tokens needs more memory than is free here now")
 

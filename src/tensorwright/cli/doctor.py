@@ -27,6 +27,7 @@ from tensorwright.errors import TensorwrightError
 State = Literal["ok", "missing", "note"]
 OLDEST_PYTHON, NEWEST_TRITON_PYTHON = (3, 10), (3, 12)
 LITTLE_MEMORY_BYTES = 4 << 30
+GPU_PACKAGES = (("torch", "torch"), ("cuda-bindings", "cuda.bindings"))
 DISTRIBUTIONS = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "tqdm")
 
 
@@ -159,9 +160,22 @@ def server() -> Finding:
 
 
 def gpu() -> Finding:
-    """An NVIDIA GPU, which this version does not use."""
-    found = machine.first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return Finding("GPU", "note", f"{found}: not used by this version" if found else "none: CPU engines only")
+    """An NVIDIA GPU with its driver, and the packages that GPU engines need."""
+    found = machine.first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    missing = [name for name, module in GPU_PACKAGES if not _is_installed(module)]
+    if not found:
+        able = "GPU engines can be built, not run" if "cuda-bindings" not in missing else "CPU engines only"
+        return Finding("GPU", "note", f"none: {able}")
+    if missing:
+        return Finding("GPU", "note", f"{found}; no {' and no '.join(missing)}", 'pip install "tensorwright[cuda]"')
+    return Finding("GPU", "ok", found)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there either
+        return False
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (system, python, packages, compiler, processor, memory, disk, launcher,

@@ -120,10 +120,11 @@ def _engine_file(reader: Reader, weights: bool) -> Facts:
     facts: Facts = {
         "built by": f"Tensorwright {metadata.get('builder')}, format {metadata.get('format_version')}",
         "target": f"{metadata.get('target')} ({metadata.get('architecture')})",
-        "features": metadata.get("features"), "glibc": manifest["kernels"]["glibc"],
+        "features": metadata.get("features"), "glibc": manifest["kernels"].get("glibc"),
         "rank": int(metadata["rank"]), "ranks": int(metadata["world_size"]),
         **_model_facts(manifest["model"]), "end_ids": manifest["end_ids"],
-        "weights": _dtypes(program), "activations": _activations(program), "kv_cache": _cache_dtypes(program),
+        "weights": _dtypes(program), "activations": _activations(program, metadata["architecture"]),
+        "kv_cache": _cache_dtypes(program),
         "tokens_per_block": manifest["tokens_per_block"], "engine_bytes": reader.path.stat().st_size,
         "weight_bytes": sum(entry["bytes"] for entry in manifest["weights"]),
         "ops": dict(Counter(op.kind for op in program.ops)),
@@ -265,8 +266,12 @@ def _weight_type(program: Program, name: str) -> str:
     return weight.dtype + (group if weight.is_quantized else "")
 
 
-def _activations(program: Program) -> str:
-    """float32 always; rounded to int8 on the way into linears with quantised weights, unless built with --exact."""
+def _activations(program: Program, architecture: str) -> str:
+    """float32 always; rounded on the way into products: to 16 bits on GPUs, and on CPUs to int8 in linears with
+    quantised weights, unless built with --exact.
+    """
+    if architecture == "cuda":
+        return "float32, 16-bit in products"
     linears = [op for op in program.ops if op.kind == "linear"]
     rounded = sum(op.attributes.get("activation_group", 0) > 0 for op in linears)
     if rounded:

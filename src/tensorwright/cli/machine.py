@@ -98,3 +98,9 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def free_gpu_bytes() -> int | None:
+    """Memory of the first GPU that nobody has taken; None: there is no GPU."""
+    answer = first_line("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    return int(answer) << 20 if answer and answer.isdecimal() else None

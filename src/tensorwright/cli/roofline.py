@@ -61,9 +61,9 @@ class Work:
 
 def work_of(engine: Engine, steps: Sequence[Step], limits: Limits) -> list[Work]:
     """The work of each op of the program, over all the steps."""
-    from tensorwright.kernels.cpu.registry import KERNELS
+    from tensorwright.builder.backends import backend_of
 
-    kernels = {kernel.name: kernel for kernel in KERNELS}
+    kernels = {kernel.name: kernel for kernel in backend_of(engine.metadata["architecture"]).kernels}
     result = []
     for op, plan in zip(engine.program.ops, engine.steps, strict=True):
         rate = None if limits.operations_s is None else limits.operations_s[operand_bits(op, engine.program)]

@@ -188,9 +188,9 @@ def check_format(reader: Reader, directory: Path) -> None:
 
 
 def _check_machine(reader: Reader, directory: Path) -> None:
-    """The architecture. CPU features are checked by the loader of the target's kernels."""
+    """The architecture. CPU features and the GPU are checked by the loader of the target's kernels."""
     metadata = reader.metadata
-    if metadata["architecture"] != platform.machine():
+    if metadata["architecture"] not in (platform.machine(), "cuda"):
         raise IncompatibleEngineError(
             f"{reader.path} was built for {metadata['architecture']} ({metadata['target']}), this machine is "
             f"{platform.machine()}", mend=f"tensorwright build --rebuild_kernels {directory} --output_dir E")

@@ -119,6 +119,10 @@ class Reader:
         start, end = self._sections[name]
         return self._bytes[self._start + start:self._start + end]
 
+    def offset(self, name: str) -> int:
+        """Where a section begins in the file, for those who read instead of mapping."""
+        return self._start + self._sections[name][0]
+
     def checked(self, name: str) -> bytes:
         """A small section after checking the SHA-256 that the header holds for it."""
         content = self.section(name).tobytes()

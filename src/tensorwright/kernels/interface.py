@@ -6,7 +6,7 @@ and stores its tactic; the runtime only ever sees the compiled entry point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,8 +21,8 @@ Array = NDArray[Any]
 class Target:
     """A machine to build for: the name users give, the compiler's flags, and what a CPU must have."""
 
-    name: str  # "native", "x86-64-v3", "x86-64-v4", "aarch64", "portable"
-    architecture: str  # platform.machine(): "x86_64" or "aarch64"
+    name: str  # "native", "x86-64-v3", "x86-64-v4", "aarch64", "portable", "sm_90"
+    architecture: str  # platform.machine(): "x86_64" or "aarch64"; "cuda" for GPUs
     flags: tuple[str, ...]  # for the C++ compiler, e.g. ("-march=x86-64-v3",)
     features: tuple[str, ...]  # as /proc/cpuinfo names them, e.g. ("avx2", "fma", "avx512_vnni")
 
@@ -57,7 +57,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Source:
-    """C++ for an entry point: headers of the package's native folder, and a function name expression.
+    """C++ for an entry point: headers of the target's native folder, and a function name expression.
 
     `function` must be callable as `function(const tw_step*, const tw_run*, const tw_worker*)`,
     e.g. "tw::linear<tw::int4_weights<128, tw::half>, 6144, 5120>::run".
@@ -65,6 +65,12 @@ class Source:
 
     headers: tuple[str, ...]
     function: str
+
+
+def symbols(sources: Sequence[Source]) -> tuple[str, ...]:
+    """The name of each entry point: equal sources share one, "tw_kernel_<i>"."""
+    distinct = {source: index for index, source in enumerate(dict.fromkeys(sources))}
+    return tuple(f"tw_kernel_{distinct[source]}" for source in sources)
 
 
 class Kernel(Protocol):

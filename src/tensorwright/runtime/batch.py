@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,23 @@ class SamplingRow:
     biases: tuple[float, ...] | Floats = ()  # added to their logits; -inf forbids
 
 
+class Logits(Protocol):
+    """A step's logits [R, V] where its executor left them, until its next step. NumPy arrays are such."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(R, V)."""
+
+    def __len__(self) -> int:
+        """R."""
+
+    def __getitem__(self, rows: Any, /) -> Any:
+        """A row or a slice of rows as NumPy arrays; the rows of a list as `Executor.sample` takes them."""
+
+    def sum(self, *, axis: int) -> Any:
+        """The sum of each row (axis 1): not finite where a logit is not."""
+
+
 class Executor(Protocol):
     """What the request loop needs of an executor; tests hand in a fake one."""
 
@@ -52,11 +69,11 @@ class Executor(Protocol):
     num_blocks: int
     block_size: int
 
-    def execute(self, batch: Batch) -> Floats:
-        """Logits float32 [R, vocab_size]. The array is overwritten by the next call."""
+    def execute(self, batch: Batch) -> Logits:
+        """Logits float32 [R, vocab_size], overwritten by the next call."""
 
-    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
-        """A token per row, and its log probability under the unchanged logits (natural logarithm)."""
+    def sample(self, logits: Any, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+        """A token per row of what `execute` gave, and its natural log probability under the unchanged logits."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer: for sequences that fork."""

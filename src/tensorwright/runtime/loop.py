@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorwright.engine.limits import Limits
 from tensorwright.errors import RanksError
-from tensorwright.runtime.batch import Executor, Floats
+from tensorwright.runtime.batch import Executor, Floats, Logits
 from tensorwright.runtime.batching import make_batch
 from tensorwright.runtime.beams import BeamGroup
 from tensorwright.runtime.constraints import FORBIDDEN
@@ -31,7 +31,7 @@ from tensorwright.runtime.scheduler import Schedule, Scheduler
 class Choice:
     """What a step found for one sequence: a row of logits [vocabulary], and the token drawn from it."""
 
-    logits: Floats
+    logits: Floats | None  # where beams or the caller want them
     is_finite: bool
     is_allowed: bool = True  # a forbidden token is only drawn where every token is forbidden
     token: int = -1  # beams draw none: they compare
@@ -108,7 +108,7 @@ class RequestLoop:
             "blocks_reused": self.scheduler.num_blocks_reused,
         }
 
-    def _execute(self, schedule: Schedule) -> Floats:
+    def _execute(self, schedule: Schedule) -> Logits:
         """Logits [rows, vocabulary] of the step; context logits that callers want are copied at once."""
         if not schedule.chunks:
             return np.zeros((0, self.executor.vocab_size), np.float32)
@@ -121,12 +121,13 @@ class RequestLoop:
         self.counters.tokens_computed += len(batch.token_ids)
         return logits
 
-    def _sample(self, schedule: Schedule, logits: Floats) -> Choices:
+    def _sample(self, schedule: Schedule, logits: Logits) -> Choices:
         """A choice for every sequence whose tokens are all computed."""
         rows = _sampled_rows(schedule)
         with np.errstate(all="ignore"):
             is_finite = np.isfinite(logits.sum(axis=1)).tolist()
-        choices = {lane: Choice(logits[row], is_finite[row]) for lane, row in rows.items()}
+        choices = {lane: Choice(logits[row] if _wants_logits(lane) else None, is_finite[row])
+                   for lane, row in rows.items()}
         drawn = [lane for lane, row in rows.items() if is_finite[row] and lane.request.beams is None]
         if not drawn:
             return choices
@@ -164,8 +165,10 @@ class RequestLoop:
         if request.beams is None:
             for lane in lanes:
                 self._append(lane, choices[lane])
-        elif not request.beams.advance(self.scheduler, [choices[lane].logits for lane in lanes]):
-            self._end(request, None)
+        else:
+            lines = [line for lane in lanes if (line := choices[lane].logits) is not None]
+            if not request.beams.advance(self.scheduler, lines):
+                self._end(request, None)
 
     def _count(self, request: Request, num_tokens: int) -> None:
         self.counters.tokens_out += num_tokens
@@ -176,7 +179,7 @@ class RequestLoop:
 
     def _append(self, lane: TokenSequence, choice: Choice) -> None:
         lane.append(choice.token, choice.log_prob)
-        if lane.request.parameters.return_generation_logits:
+        if choice.logits is not None:
             lane.logits.append(choice.logits.copy())
         text, reason = _write(lane, choice.token)
         lane.text += text
@@ -235,6 +238,11 @@ class RequestLoop:
         return result
 
 
+def _wants_logits(lane: TokenSequence) -> bool:
+    """Whether anybody looks at the logits themselves: elsewhere they stay where the executor has them."""
+    return lane.request.beams is not None or lane.request.parameters.return_generation_logits
+
+
 def _ignore(update: Update) -> None:
     """Takes the place of a callback that has failed."""
 
@@ -251,7 +259,7 @@ def _sampled_rows(schedule: Schedule) -> dict[TokenSequence, int]:
     return rows
 
 
-def _keep_context_logits(schedule: Schedule, logits: Floats) -> None:
+def _keep_context_logits(schedule: Schedule, logits: Logits) -> None:
     row = 0
     for chunk in schedule.chunks:
         request = chunk.sequence.request

@@ -9,7 +9,8 @@ from tensorwright.engine.engine import Engine
 from tensorwright.runtime.batch import Executor
 from tensorwright.runtime.communicator import Communicator, check_ranks
 from tensorwright.runtime.loop import RequestLoop
-from tensorwright.runtime.memory import MemoryPlan, Needs, available_bytes, plan_memory
+from tensorwright.runtime.machines import Machine, machine_of
+from tensorwright.runtime.memory import MemoryPlan, Needs, plan_memory
 from tensorwright.runtime.submission import RequestFactory
 from tensorwright.runtime.tokenizer import Tokenizer
 
@@ -40,11 +41,10 @@ def open_engine(engine_dir: Path, *, tokenizer_dir: Path | None = None, threads:
     check_ranks(engine.world_size, communicator)  # a rank too many has no file to open
     engine = Engine.open(Path(engine_dir), rank) if rank else engine
     tokenizer = _tokenizer(engine, tokenizer_dir)
-    plan = _plan(engine, max_kv_tokens, kv_cache_fraction, communicator)
+    machine = machine_of(engine)
+    plan = _plan(engine, machine, max_kv_tokens, kv_cache_fraction, communicator)
     if executor is None:
-        from tensorwright.runtime.executor import CpuExecutor
-
-        executor = CpuExecutor(engine, threads=threads, num_blocks=plan.num_blocks, communicator=communicator)
+        executor = machine.executor(engine, threads=threads, num_blocks=plan.num_blocks, communicator=communicator)
     end_ids = (*engine.end_ids, *(tokenizer.end_ids if tokenizer else ()))
     factory = RequestFactory(engine.limits, vocab_size=engine.vocab_size, end_ids=end_ids, tokenizer=tokenizer,
                              num_blocks=executor.num_blocks, block_size=executor.block_size)
@@ -59,17 +59,20 @@ def _tokenizer(engine: Engine, tokenizer_dir: Path | None) -> Tokenizer | None:
     return Tokenizer.load(tokenizer_dir or engine.directory, end_ids=engine.end_ids)
 
 
-def _plan(engine: Engine, max_kv_tokens: int | None, fraction: float, communicator: Communicator | None) -> MemoryPlan:
-    needs = Needs(engine.weight_bytes, _activation_bytes(engine), engine.kv_bytes_per_token, engine.tokens_per_block)
-    share = available_bytes() // engine.world_size  # ranks of one host share its memory
-    plan = plan_memory(engine.limits, needs, max_kv_tokens=max_kv_tokens, kv_cache_fraction=fraction, available=share)
+def _plan(engine: Engine, machine: Machine, max_kv_tokens: int | None, fraction: float,
+          communicator: Communicator | None) -> MemoryPlan:
+    needs = Needs(engine.weight_bytes, _activation_bytes(engine, machine), engine.kv_bytes_per_token,
+                  engine.tokens_per_block)
+    plan = plan_memory(engine.limits, needs, max_kv_tokens=max_kv_tokens, kv_cache_fraction=fraction,
+                       available=machine.available_bytes(engine))
     if communicator is None:
         return plan
     # Every rank must schedule alike, and memory is not seen alike: the first rank's number holds for all.
     return replace(plan, num_blocks=int(communicator.broadcast(str(plan.num_blocks).encode())))
 
 
-def _activation_bytes(engine: Engine) -> int:
+def _activation_bytes(engine: Engine, machine: Machine) -> int:
     limits = engine.limits
     rows = {"tokens": limits.max_num_tokens, "outputs": limits.max_batch_size * limits.max_beam_width}
-    return sum(4 * rows[symbol] * columns for symbol, columns in engine.manifest["memory"]["slots"])
+    slots: int = sum(4 * rows[symbol] * columns for symbol, columns in engine.manifest["memory"]["slots"])
+    return slots + machine.scratch_bytes(engine, rows)

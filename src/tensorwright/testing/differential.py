@@ -7,17 +7,30 @@ does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensorwright.builder.rebuild import EngineSource
+from tensorwright.engine.engine import Engine
 from tensorwright.program import reference
 from tensorwright.program.ops import BATCH_INPUTS
-from tensorwright.program.program import Op, Weight
+from tensorwright.program.program import Op, Program, Weight
 from tensorwright.runtime.batch import Batch
-from tensorwright.runtime.executor import CpuExecutor
+
+
+class StepExecutor(Protocol):
+    """An executor whose ops run one by one and whose buffers can be read: of CPUs and of GPUs."""
+
+    engine: Engine
+    program: Program
+
+    def execute_range(self, batch: Batch, begin: int, end: int) -> None:
+        """Run the ops begin .. end − 1."""
+
+    def buffer(self, name: str) -> NDArray[Any]:
+        """A buffer's numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Difference:
     error: float
 
 
-def compare_steps(executor: CpuExecutor, batch: Batch) -> list[Difference]:
+def compare_steps(executor: StepExecutor, batch: Batch) -> list[Difference]:
     """One difference for each op, in order. The native results go on to the next op. Changes the caches."""
     source = EngineSource(executor.engine.reader, executor.engine.manifest)
     weights = {name: plain_weight(weight, source) for name, weight in executor.program.weights.items()}
@@ -50,12 +63,12 @@ def plain_weight(weight: Weight, source: EngineSource) -> NDArray[np.float32]:
     return reference.dequantize(tensor.values, tensor.scales, weight.dtype)
 
 
-def _rows(executor: CpuExecutor, batch: Batch, name: str) -> int:
+def _rows(executor: StepExecutor, batch: Batch, name: str) -> int:
     symbol = executor.program.buffers[name].shape[0]
     return batch.output_rows.shape[0] if symbol == "outputs" else batch.token_ids.shape[0]
 
 
-def _snapshot(executor: CpuExecutor, batch: Batch, name: str) -> NDArray[Any]:
+def _snapshot(executor: StepExecutor, batch: Batch, name: str) -> NDArray[Any]:
     if name in BATCH_INPUTS:
         return np.asarray(getattr(batch, name))
     buffer = executor.buffer(name)
@@ -64,7 +77,7 @@ def _snapshot(executor: CpuExecutor, batch: Batch, name: str) -> NDArray[Any]:
     return buffer[:_rows(executor, batch, name)].copy()
 
 
-def _difference(op: Op, executor: CpuExecutor, batch: Batch, expected: dict[str, NDArray[Any]]) -> Difference:
+def _difference(op: Op, executor: StepExecutor, batch: Batch, expected: dict[str, NDArray[Any]]) -> Difference:
     worst = 0.0
     for name, reference_values in expected.items():
         native = executor.buffer(name)

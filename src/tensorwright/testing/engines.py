@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from tensorwright.builder.build import build
 from tensorwright.builder.options import BuildOptions
 from tensorwright.checkpoint.config import Quantization
 from tensorwright.checkpoint.convert import ConvertOptions, DType, convert
-from tensorwright.testing.tiny import TinyModel, write_model
+from tensorwright.cli.main import main
+from tensorwright.testing.tiny import TinyModel, config, write_model
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,20 @@ def convert_tiny(recipe: Recipe, folder: Path) -> Path:
 def build_engine(recipe: Recipe, folder: Path) -> Path:
     """The engine folder of a recipe; the model's and checkpoint's folders lie beside it."""
     checkpoint = convert_tiny(recipe, folder)
-    limits = {"max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True, **recipe.build}
+    limits = {"target": "cpu", "max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True,
+              **recipe.build}
     build(BuildOptions(checkpoint_dir=checkpoint, output_dir=folder / "engine", **limits), _quiet)
+    return folder / "engine"
+
+
+def build_dummy(model: TinyModel, folder: Path, dtype: DType, **options: Any) -> Path:
+    """An engine of the model's shape with int4 weights of random numbers: nothing but its config.json is converted."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config(model)))
+    main(["convert", "--model_dir", str(folder / "model"), "--output_dir", str(folder / "checkpoint"), "--dtype", dtype,
+          "--save_config_only", "--use_weight_only", "--weight_only_precision", "int4"])
+    build(BuildOptions(checkpoint_dir=folder / "checkpoint", output_dir=folder / "engine", dummy_weights=True,
+                       no_tune=True, **options), _quiet)
     return folder / "engine"
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.cpu.registry import find_kernel
-from tensorwright.kernels.interface import Target, Tensor
+from tensorwright.kernels.interface import Target, Tensor, symbols
 from tensorwright.program.ops import ATTRIBUTE_DEFAULTS, BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Op, Program, Weight
 from tensorwright.runtime.batch import Batch
@@ -47,7 +47,7 @@ class NativeOps:
                    for k, p, t in zip(self._kernels, programs, self._tactics, strict=True)]
         self.data = compile_shared(engine_source(sources), target)
         self.library = load_library(self.data)
-        self._symbols = kernel_symbols(sources)
+        self._symbols = symbols(sources)
 
     def run(self, index: int, arrays: Arrays, weights: Mapping[str, Tensor], batch: Batch, *, workers: int = 1,
             comm: int | None = None) -> None:

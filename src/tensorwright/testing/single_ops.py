@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
-from tensorwright.kernels.cpu.compile import compile_shared, engine_source, kernel_symbols
+from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.load import load_library, thread_pool
-from tensorwright.kernels.interface import Array, Kernel, Target, Tensor
+from tensorwright.kernels.interface import Array, Kernel, Target, Tensor, symbols
 from tensorwright.program.ops import OPS
 from tensorwright.program.program import Op, Program
 
@@ -41,7 +41,7 @@ class SingleOps:
         self.tactics = [case.kernel.tactics(case.op, case.program, target)[0] for case in cases]
         sources = [case.kernel.source(case.op, case.program, tactic)
                    for case, tactic in zip(cases, self.tactics, strict=True)]
-        self._symbols = kernel_symbols(sources)
+        self._symbols = symbols(sources)
         self._library = load_library(compile_shared(engine_source(sources), target))
         self._pool = thread_pool(self._library, workers).pointer
         self._weights = [self._packed(index) for index in range(len(cases))]

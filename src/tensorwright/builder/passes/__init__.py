@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tensorwright.builder.passes import (
     choose_schemes,
@@ -30,15 +30,16 @@ PASSES: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def run_passes(program: Program, context: Context) -> Program:
+def run_passes(program: Program, context: Context, passes: Sequence[tuple[str, Pass]] = PASSES) -> Program:
     """The program after all passes, verified before, between and after them."""
-    *_, (_, result) = stages(program, context)
+    *_, (_, result) = stages(program, context, passes)
     return result
 
 
-def stages(program: Program, context: Context) -> Iterator[tuple[str, Program]]:
+def stages(program: Program, context: Context,
+           passes: Sequence[tuple[str, Pass]] = PASSES) -> Iterator[tuple[str, Program]]:
     """Name and program after each pass, the program as given first: for tests, dumps and curious readers."""
     yield "model", verify(program)
-    for name, run in PASSES:
+    for name, run in passes:
         program = verify(run(program, context), after=name)
         yield name, program

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.elf import needed_libraries
-from tensorwright.kernels.interface import Source, Target
+from tensorwright.kernels.interface import Source, Target, symbols
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
 CORE_HEADERS = ("abi.h", "exports.h")
@@ -31,17 +31,11 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidd
 SYSTEM_LIBRARIES = ("libc.so", "libm.so", "libpthread.so", "ld-linux", "ld-musl")
 
 
-def kernel_symbols(entries: Sequence[Source]) -> tuple[str, ...]:
-    """The exported name of each entry: equal function expressions share one, "tw_kernel_<i>"."""
-    distinct = list(dict.fromkeys(entry.function for entry in entries))
-    return tuple(f"tw_kernel_{distinct.index(entry.function)}" for entry in entries)
-
-
 def engine_source(entries: Sequence[Source]) -> str:
     """The one C++ file of an engine, with every header of the package written out: it compiles by itself."""
     seen: set[str] = set()
     parts = [_inlined(name, seen) for name in (*CORE_HEADERS, *(h for entry in entries for h in entry.headers))]
-    for symbol, function in dict(zip(kernel_symbols(entries), (e.function for e in entries), strict=True)).items():
+    for symbol, function in dict(zip(symbols(entries), (e.function for e in entries), strict=True)).items():
         parts.append(f'extern "C" TW_EXPORT void {symbol}(const tw_step* step, const tw_run* run, '
                      f"const tw_worker* worker) {{\n  {function}(step, run, worker);\n}}\n")
     return "".join(parts)

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: CUDA C++ templates, compiled by NVRTC when an engine is built."""

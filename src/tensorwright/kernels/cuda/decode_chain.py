@@ -1,0 +1,180 @@
+"""A decode step of 1 to 64 sequences in five launches a layer: qkv with rope and cache write, attention, output
+projection with residual, gate and up with their product, down with residual.
+
+It is a stretch. Activations are 16-bit and in the order that the next linear reads; the residual stream is float32, and
+each norm's division comes after the product, by the sum of squares that the epilogue before it left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorwright.kernels.cuda import units
+from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
+from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
+from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, Stretch
+from tensorwright.kernels.cuda.linear import Linear, native_weights, small_linear
+from tensorwright.kernels.cuda.targets import SHARED_BYTES
+from tensorwright.kernels.interface import Target
+from tensorwright.program.program import Op, Program, Weight
+
+SMALL, BATCHED = (1, 2, 4), (8, 16, 32, 64)  # sequences, by the linear that runs them
+WARPS, X_STAGES, STATIC_SHARED = 8, 3, 6 << 10  # of native/linear_batched.cuh
+BLOCK_ROWS, MOST_PROCESSORS = units.UNIT_ROWS * WARPS, 192
+MIN_CHUNK, BLOCKS_OF_ATTENTION = 256, 1056
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A program at a number of sequences."""
+
+    program: Program
+    target: Target
+    decoder: Decoder
+    tokens: int
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the layers."""
+        return self.decoder.shapes
+
+    @property
+    def number(self) -> str:
+        """The C++ type of activations."""
+        return NATIVE_TYPES[self.shapes.weight.scale_dtype]
+
+    @property
+    def partial_sums(self) -> int:
+        """Of squares, that an output projection leaves: one for a row tile, or for a block of eight."""
+        return self.shapes.hidden // (units.UNIT_ROWS if self.tokens in SMALL else BLOCK_ROWS)
+
+
+def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
+    """One for each number of sequences whose kernels fit the shapes and the target."""
+    chains = [_Chain(program, target, decoder, tokens) for tokens in (*SMALL, *BATCHED)]
+    sources = {chain.tokens: _source(chain) for chain in chains if _fits(chain)}
+    return tuple(Stretch(0, len(program.ops), tokens, 0, source, decoder.window)
+                 for tokens, source in sources.items() if source is not None)
+
+
+def _fits(chain: _Chain) -> bool:
+    shapes = [program_weight(op, chain.program).shape for op in (*chain.decoder.layers[0], chain.program.ops[-1])
+              if op.kind == "linear"]
+    return (all(rows % BLOCK_ROWS == 0 and inputs % units.UNIT_INPUTS == 0 for rows, inputs in shapes)
+            and (chain.tokens in SMALL or all(_steps(shape) >= MOST_PROCESSORS for shape in shapes))
+            and chain.partial_sums >= WARPS and chain.shapes.heads // chain.shapes.kv_heads <= 8)
+
+
+def _steps(shape: tuple[int, ...]) -> int:
+    """Of batched_linear, which are dealt out to its blocks: each must have one, or the last sum is never made."""
+    return shape[0] // BLOCK_ROWS * (shape[1] // units.UNIT_INPUTS)
+
+
+def _source(chain: _Chain) -> GpuSource | None:
+    s, tokens, program = chain.shapes, chain.tokens, chain.program
+    embedding, lm_head = program.ops[0], program.ops[-1]
+    norms = [*(ops[0].weights["norm"] for ops in chain.decoder.layers), lm_head.weights["norm"]]
+    first = chain.decoder.layers[0]
+    angles = ("batch.token_ids", "batch.positions", f"named.{embedding.weights['table']}",
+              f"named.{first[1].weights['inverse_frequencies']}", "scratch.rotation")
+    launches: list[Launch | None] = [Launch(
+        f"tw::embed<{chain.number}, {tokens}, {s.hidden}, {chain.partial_sums}>", (Size(times=tokens), Size(), Size()),
+        arguments=(angles, _residual(norms[0], "")))]
+    for ops, next_norm in zip(chain.decoder.layers, norms[1:], strict=True):
+        launches += _layer(chain, ops, next_norm)
+    logits = ("named." + lm_head.outputs[0], "", "", "sizes.outputs")
+    rows = program_weight(lm_head, program).shape[0]
+    launches.append(_linear(chain, lm_head, "x", f"tw::Rows<tw::InOrder, {rows}>", logits, "squares"))
+    whole = tuple(launch for launch in launches if launch is not None)
+    if len(whole) < len(launches):
+        return None
+    return GpuSource(("decode_chain.cuh",), "", whole, scratch=tuple(_scratch(chain).items()),
+                     zeros=(("arrivals", 1 << 14), ("attention_arrivals", tokens * s.kv_heads * 4)))
+
+
+def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | None]:
+    s, number, tokens = chain.shapes, chain.number, chain.tokens
+    qkv, rope, attention, dense, fc_gate, proj = ops
+    cache = f"named.{rope.outputs[1]}"
+    added = f"tw::Residual<{number}, {tokens}, {s.hidden}>"
+    turned = f"tw::RopeAndCache<{number}, {tokens}, {s.heads}, {s.kv_heads}, {s.block_size}>"
+    return [
+        _linear(chain, qkv, "x", turned, ("scratch.q", cache, "batch.slots", "scratch.rotation"), "squares"),
+        _attention(chain, attention, cache),
+        _linear(chain, dense, "attended", added, _residual(fc_gate.weights["norm"], "_mlp"), ""),
+        _linear(chain, fc_gate, "x_mlp", f"tw::Gated<{number}, {tokens}>", ("scratch.gated",), "squares_mlp"),
+        _linear(chain, proj, "gated", added, _residual(next_norm, ""), "")]
+
+
+def _attention(chain: _Chain, op: Op, cache: str) -> Launch:
+    s, warps = chain.shapes, 8 if chain.tokens < 64 else 4
+    function = (f"tw::decode_attention<{chain.number}, {chain.tokens}, {s.heads}, {s.kv_heads}, {s.block_size}, "
+                f"{warps}, {MIN_CHUNK}>")
+    arguments = ("scratch.q", cache, "batch.block_tables", "batch.kv_lengths", "scratch.attended",
+                 "scratch.attention_parts", "zeros.attention_arrivals", "sizes.table_width",
+                 float(op.attributes["scale"] * LOG2E))
+    grid = (Size(times=_chunks(chain)), Size(times=s.kv_heads), Size(times=chain.tokens))
+    return Launch(function, grid, 32 * warps, 0, (arguments,))
+
+
+def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argument, ...],
+            squares: str) -> Launch | None:
+    """`squares`: the sums that norm the input; "": it is not normed. None: it does not fit into shared memory."""
+    weight = program_weight(op, chain.program)
+    shape, name = units.Shape(weight), f"named.{weight.name}"
+    epsilon = float(op.attributes["norm_epsilon"]) if squares else 0.0
+    scales = f"{name}+{shape.bytes}" if shape.has_row_scales else ""
+    given: tuple[Argument, ...] = (name, f"scratch.{x}", f"scratch.{squares}" if squares else "", scales, epsilon)
+    sums = chain.partial_sums if squares else 0
+    if chain.tokens in SMALL:
+        tactics = Linear().tactics(op, chain.program, chain.target)
+        tactic = next((t for t in tactics if t.parameters.get("tokens") == chain.tokens), None)
+        return None if tactic is None else small_linear(op, chain.program, tactic, given, output, sums, output_type)
+    is_light = chain.tokens <= 16 and weight.is_quantized
+    per_processor = 2 if is_light and _steps(weight.shape) >= 2 * MOST_PROCESSORS else 1
+    stages = _stages(shape, chain, per_processor)
+    if stages is None:
+        return None
+    function = (f"tw::batched_linear<{native_weights(weight)}, {weight.shape[0]}, {weight.shape[1]}, {chain.tokens}, "
+                f"1, {stages}, {X_STAGES}, {sums}, {per_processor}, {output_type}>")
+    return Launch(function, (Size("processors", times=per_processor), Size(), Size()), 32 * (WARPS + 1),
+                  _shared_bytes(shape, chain.tokens, stages), (given, output, ("scratch.parts", "zeros.arrivals")))
+
+
+def _stages(shape: units.Shape, chain: _Chain, per_processor: int) -> int | None:
+    """Of each warp's ring: six, or as many as fit."""
+    room = SHARED_BYTES[chain.target.name] // per_processor - STATIC_SHARED
+    return next((stages for stages in (6, 5, 4, 3, 2) if _shared_bytes(shape, chain.tokens, stages) <= room), None)
+
+
+def _shared_bytes(shape: units.Shape, tokens: int, stages: int) -> int:
+    """BatchedShape::SHARED_BYTES of native/linear_batched.cuh."""
+    return WARPS * stages * shape.unit_bytes + X_STAGES * units.UNIT_INPUTS * tokens * 2
+
+
+def _chunks(chain: _Chain) -> int:
+    """Pieces that long sequences are cut into, so that there are enough blocks."""
+    return max(2, BLOCKS_OF_ATTENTION // (chain.shapes.kv_heads * chain.tokens))
+
+
+def _residual(norm: str, which: str) -> tuple[Argument, ...]:
+    """tw::Residual: the stream, and what the next linear reads."""
+    return ("scratch.stream", f"scratch.x{which}", f"named.{norm}", f"scratch.squares{which}")
+
+
+def _scratch(chain: _Chain) -> dict[str, Size]:
+    s, tokens, group = chain.shapes, chain.tokens, chain.shapes.heads // chain.shapes.kv_heads
+    sums = tokens * s.hidden // units.UNIT_ROWS * 4
+    parts = 2 * 2 * WARPS * (tokens // 8) * 32 * 16  # for each processor: two of each block, of which it has up to two
+    sizes = {"stream": tokens * s.hidden * 4, "x": tokens * s.hidden * 2, "x_mlp": tokens * s.hidden * 2,
+             "squares": sums, "squares_mlp": sums, "q": tokens * s.heads * HEAD * 2,
+             "attended": tokens * s.heads * HEAD * 2, "gated": tokens * s.ffn * 2, "rotation": tokens * (HEAD // 2) * 8,
+             "attention_parts": tokens * s.kv_heads * _chunks(chain) * group * (HEAD + 2) * 4}
+    return {"parts": Size("processors", times=max(parts, 16)),
+            **{name: Size(times=size) for name, size in sizes.items()}}
+
+
+def program_weight(op: Op, program: Program) -> Weight:
+    """A linear's weight."""
+    return program.weights[op.weights["weight"]]

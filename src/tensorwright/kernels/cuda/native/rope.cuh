@@ -1,0 +1,80 @@
+// Between the qkv linear and attention: head norms, rotary embedding, and keys and values into the paged cache.
+#pragma once
+#include "numbers.cuh"
+
+namespace tw {
+
+// One head's numbers into its place in the cache: 16-bit, or int8 with a scale of max|x| / 127.
+template <class Stored> struct CacheRow {
+  __device__ static void store(const float* x, Stored* to, float*, int size, int lane) {
+    for (int d = lane; d < size; d += LANES) to[d] = to_finite<Stored>(x[d]);
+  }
+};
+template <> struct CacheRow<signed char> {
+  __device__ static void store(const float* x, signed char* to, float* scale, int size, int lane) {
+    float largest = 0.f;
+    for (int d = lane; d < size; d += LANES) largest = fmaxf(largest, fabsf(x[d]));
+    for (int o = LANES / 2; o; o /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+    const float inverse = largest > 0.f ? 127.f / largest : 0.f;
+    if (lane == 0) *scale = largest / 127.f;
+    for (int d = lane; d < size; d += LANES) to[d] = (signed char)__float2int_rn(x[d] * inverse);
+  }
+};
+
+template <class Stored> struct RopeCache {
+  const float* qkv;        // [tokens, (HEADS + 2 KV_HEADS) * D]
+  const int* positions;    // [tokens]
+  const int* slots;        // [tokens]; negative: not stored
+  float* q;                // [tokens, HEADS * D]
+  Stored* cache;           // [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
+  float* scales;           // [blocks, 2, KV_HEADS, BLOCK_SIZE] where Stored is int8
+  const float* frequencies;
+  const float* q_norm;     // [D] or null
+  const float* k_norm;
+  float factor, epsilon;
+};
+
+// Grid: tokens. A warp handles a head.
+template <class Stored, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int PAIRS>
+__global__ void __launch_bounds__(256) rope_cache(const RopeCache<Stored> p) {
+  constexpr int WARPS = 8, ALL = HEADS + 2 * KV_HEADS;
+  __shared__ float cosines[PAIRS], sines[PAIRS], rows[WARPS][D];
+  begin_kernel();
+  const int token = blockIdx.x, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  for (int i = threadIdx.x; i < PAIRS; i += 256) {
+    const double turns = (double)p.positions[token] * (double)p.frequencies[i] * 0.15915494309189535;
+    sincospif(2.f * (float)(turns - rint(turns)), &sines[i], &cosines[i]);
+    sines[i] *= p.factor, cosines[i] *= p.factor;
+  }
+  __syncthreads();
+  const int slot = p.slots[token];
+  float* x = rows[warp];
+  for (int head = warp; head < ALL; head += WARPS) {
+    const float* from = p.qkv + ((size_t)token * ALL + head) * D;
+    const float* norm = head < HEADS ? p.q_norm : head < HEADS + KV_HEADS ? p.k_norm : nullptr;
+    float sum = 0.f;
+    for (int d = lane; d < D; d += LANES) x[d] = from[d], sum += from[d] * from[d];
+    if (norm) {
+      const float scale = rsqrtf(warp_sum(sum) / D + p.epsilon);
+      for (int d = lane; d < D; d += LANES) x[d] *= scale * norm[d];
+    }
+    __syncwarp();
+    if (head < HEADS + KV_HEADS)
+      for (int i = lane; i < PAIRS; i += LANES) {
+        const float first = x[i], second = x[i + PAIRS];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[i + PAIRS] = second * cosines[i] + first * sines[i];
+      }
+    __syncwarp();
+    if (head < HEADS) {
+      for (int d = lane; d < D; d += LANES) p.q[((size_t)token * HEADS + head) * D + d] = x[d];
+    } else if (slot >= 0) {
+      const size_t value = head >= HEADS + KV_HEADS, kv_head = (head - HEADS) % KV_HEADS;
+      const size_t at = ((slot / BLOCK_SIZE * 2 + value) * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;
+      CacheRow<Stored>::store(x, p.cache + at * D, p.scales + at, D, lane);
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace tw

@@ -1,0 +1,160 @@
+"""Runs the plan of a GPU engine: one copy in, launches or a recorded graph, one copy out.
+
+It knows the program, the engine's plan and the device's memory. It knows no requests and no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tensorwright.engine.engine import Engine
+from tensorwright.errors import RanksError, UsageError
+from tensorwright.kernels.cuda.targets import check_target
+from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.communicator import Communicator, check_ranks
+from tensorwright.runtime.cuda.driver import current_context, use_context
+from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes_of
+from tensorwright.runtime.cuda.logits import DeviceLogits
+from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
+from tensorwright.runtime.cuda.plan import Plan
+from tensorwright.runtime.cuda.sampling import choose, is_greedy
+
+
+class CudaExecutor:
+    """`runtime.batch.Executor` over an engine's cubins."""
+
+    def __init__(self, engine: Engine, *, num_blocks: int, communicator: Communicator | None = None,
+                 graphs: bool = True, stretches: bool = True) -> None:
+        """Take all memory and copy the weights.
+
+        `graphs`: record steps of single tokens when they first come. `stretches`: run several ops at once where the
+        engine has kernels for it. Tests compare both with neither.
+
+        Raises IncompatibleEngineError for another GPU, RanksError for a wrong number of ranks, LimitError where
+        memory is too little.
+        """
+        check_target(engine.target, engine=str(engine.directory))
+        check_ranks(engine.world_size, communicator)
+        if engine.world_size > 1:
+            raise RanksError("GPU engines of several ranks cannot be run yet", mend="tensorwright convert --tp_size 1")
+        self.engine, self.program = engine, engine.program
+        self.vocab_size, self.num_blocks, self.block_size = engine.vocab_size, num_blocks, engine.tokens_per_block
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=self.device)  # makes the context, which modules are loaded into
+        self._context, self._graphs_wanted, self._stretches_wanted = current_context(), graphs, stretches
+        limits = engine.limits
+        self._max_tokens = limits.max_num_tokens
+        self._table_width = -(-limits.max_seq_len // self.block_size)
+        self._buckets = _buckets(min(limits.max_batch_size * limits.max_beam_width, self._max_tokens))
+        self._weights = Weights(engine, self.device)
+        self._caches = Caches(engine, num_blocks, self.device)
+        self._inputs = Inputs(self.device)
+        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._bind(self._buckets[-1])
+
+    def _bind(self, max_outputs: int) -> None:
+        """Memory for so many rows of logits; graphs of other memory are dropped."""
+        self._max_outputs = max_outputs
+        rows = {"tokens": max(self._max_tokens, self._buckets[-1]), "outputs": max_outputs}
+        self._activations = Activations(self.engine, rows, self.device)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors,
+                          stretches=self._stretches_wanted)
+        self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
+        self._graphs_address = self._inputs.address
+        self._chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, device=self.device)
+        self._host_chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, pin_memory=True)
+
+    def execute(self, batch: Batch) -> DeviceLogits:
+        """Logits float32 [R, vocab] on the device, overwritten by the next call, with the greedy choice of each row."""
+        outputs = batch.output_rows.shape[0]
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            self._run(batch, 0, len(self.program.ops))
+            self._host_chosen[:outputs].copy_(self._chosen[:outputs], non_blocking=True)
+        self._stream.synchronize()
+        return DeviceLogits(self.logits[:outputs], self._host_chosen.numpy()[:outputs].copy())
+
+    def execute_range(self, batch: Batch, begin: int, end: int) -> None:
+        """Run the ops begin .. end − 1 only; what earlier ops would have written must be in their buffers."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            self._run(batch, begin, end)
+        self._stream.synchronize()
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Where they are on the device, [rows, vocab]."""
+        return self._activations.buffer(self.program.ops[-1].outputs[0], self.vocab_size)
+
+    def _run(self, batch: Batch, begin: int, end: int) -> None:
+        use_context(self._context)  # of this thread: a server steps in another one than it loads in
+        if batch.token_ids.shape[0] > self._max_tokens:
+            raise UsageError(f"a step of {batch.token_ids.shape[0]} tokens; the engine holds {self._max_tokens}")
+        if batch.output_rows.shape[0] > self._max_outputs:
+            self._bind(batch.output_rows.shape[0])
+        is_whole = (begin, end) == (0, len(self.program.ops))
+        bucket = decode_bucket(batch, self._buckets, self._table_width) if is_whole else None
+        sizes = bucket or sizes_of(batch)
+        inputs = self._inputs.send(batch, sizes)
+        if self._graphs_address != self._inputs.address:
+            self._graphs, self._graphs_address = {}, self._inputs.address
+        if bucket is None or not self._graphs_wanted or not self._replay(bucket, inputs):
+            self._launch(begin, end, sizes, inputs)
+
+    def _launch(self, begin: int, end: int, sizes: Sizes, inputs: dict[str, int]) -> None:
+        """Ops one after the other and, after the last, the greedy choice."""
+        stream = self._stream.cuda_stream
+        self._plan.run(begin, end, sizes, inputs, stream)
+        if end == len(self.program.ops) and sizes.outputs:
+            self._plan.choose(sizes.outputs, int(self.logits.data_ptr()), int(self._chosen.data_ptr()), stream)
+
+    def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
+        """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
+        key = bucket.tokens, self._plan.stretch(0, len(self.program.ops), bucket)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return False
+        graph = self._graphs[key]
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._launch(0, len(self.program.ops), bucket, inputs)
+            self._graphs[key] = graph
+        graph.replay()
+        return True
+
+    def buffer(self, name: str) -> NDArray[Any]:
+        """A copy of a buffer: caches whole, activations [rows, columns]."""
+        cache = self._caches.tensors.get(name)
+        if cache is None:
+            return np.asarray(self._activations.buffer(name, int(self.program.buffers[name].shape[1])).cpu().numpy())
+        if cache.dtype == torch.bfloat16:  # which NumPy does not know by itself
+            return np.asarray(cache.view(torch.int16).cpu().numpy()).view(ml_dtypes.bfloat16)
+        return np.asarray(cache.cpu().numpy())
+
+    def sample(self, logits: DeviceLogits, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+        """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
+        if all(is_greedy(row) for row in rows):
+            return logits.greedy
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            tokens, log_probs = choose(logits.values, rows)
+            return tokens.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer."""
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for source, destination in pairs:
+                self._caches.copy_block(source, destination)
+
+
+def _buckets(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to the first that holds all."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)

@@ -1,0 +1,214 @@
+"""An engine's plan bound to memory: every op's launches with their addresses. It knows launches, not their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tensorwright.engine.engine import Engine
+from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, is_library_call, scratch_offsets
+from tensorwright.kernels.cuda.sample import GREEDY
+from tensorwright.program.ops import BATCH_INPUTS, OPS
+from tensorwright.program.program import Op
+from tensorwright.runtime.cuda.driver import Call, Function, load_module
+from tensorwright.runtime.cuda.inputs import Sizes
+from tensorwright.runtime.cuda.memory import DTYPES, Activations, Caches, Weights, entries_of
+
+Symbols = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A launch, and which of its arguments a step changes: (index, "inputs.positions" or "sizes.rows")."""
+
+    call: Call
+    grid: tuple[Size, Size, Size]
+    changing: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class _Matmul:
+    """A matrix product: the pieces of scratch memory that a and b are, and c is if no buffer; columns, inner size."""
+
+    a: str
+    b: str
+    c: str
+    buffer: str | None
+    columns: int
+    inner: int
+    dtype: torch.dtype
+
+
+class Plan:
+    """All ops, bound when they first run at a tactic."""
+
+    def __init__(self, engine: Engine, weights: Weights, caches: Caches, activations: Activations,
+                 processors: int, *, stretches: bool = True) -> None:
+        """`stretches`: whether ops may run several at once where the engine has kernels for it."""
+        self._engine, self._weights, self._caches, self._activations = engine, weights, caches, activations
+        self._processors, self._facts, self._uses_stretches = processors, engine.manifest["kernels"], stretches
+        self._entries, self._code = entries_of(engine), engine.kernels()
+        self._modules: dict[int, Any] = {}
+        self._functions: dict[tuple[str, int], Function] = {}
+        self._greedy: Call | None = None
+        self._bound: dict[tuple[int, str], list[_Bound | _Matmul]] = {}
+        self._kept: list[torch.Tensor] = []  # memory of stretches
+
+    def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
+        """Launch ops begin .. end − 1 on the stream, over batch inputs at these addresses."""
+        symbols = {"one": 1, "processors": self._processors, **vars(sizes)}
+        if (entry := self.stretch(begin, end, sizes)) is not None:
+            self._run_entry(None, (begin, entry), self._entries[entry], symbols, inputs, stream)
+            return
+        for index in range(begin, end):
+            op = self._engine.program.ops[index]
+            symbols["rows"] = symbols[str(self._engine.program.buffers[op.outputs[0]].shape[0])]
+            symbol = self._engine.steps[index].at(symbols["rows"]).symbol
+            if symbols["rows"] > 0:
+                self._run_entry(op, (index, symbol), self._entries[symbol], symbols, inputs, stream)
+
+    def stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
+        """The entry that runs these very ops at once, at these sizes on this GPU."""
+        return stretch_for(self._facts["stretches"] if self._uses_stretches else (), begin, end, sizes,
+                           self._processors)
+
+    def _run_entry(self, op: Op | None, key: tuple[int, str], source: GpuSource, symbols: Symbols, inputs: Symbols,
+                   stream: int) -> None:
+        if key not in self._bound:
+            self._bound[key] = self._bind(op, source)
+        offsets = scratch_offsets(dict(source.scratch), symbols)[0]
+        for launch in self._bound[key]:
+            if isinstance(launch, _Matmul):
+                self._multiply(launch, offsets, symbols["rows"])
+            else:
+                self._launch(launch, symbols, inputs, offsets, stream)
+
+    def choose(self, rows: int, logits: int, chosen: int, stream: int) -> None:
+        """The greedy choice of each row, over logits and into tw::Chosen at these addresses."""
+        launch = self._entries[GREEDY].launches[0]
+        if self._greedy is None:
+            self._greedy = self._call(launch)
+        for index, address in enumerate((logits, chosen)):
+            self._greedy.set(index, address)
+        self._greedy.launch([size.at({"rows": rows, "one": 1}) for size in launch.grid], stream)
+
+    def _launch(self, launch: _Bound, symbols: Symbols, inputs: Symbols, offsets: Symbols, stream: int) -> None:
+        for index, name in launch.changing:
+            kind, _, what = name.partition(".")
+            if kind == "scratch":
+                launch.call.set(index, int(self._activations.scratch.data_ptr()) + offsets[what])
+            else:
+                launch.call.set(index, symbols[what] if kind == "sizes" else inputs[what])
+        launch.call.launch([size.at(symbols) for size in launch.grid], stream)
+
+    def _multiply(self, m: _Matmul, offsets: Symbols, rows: int) -> None:
+        """C = a · bᵀ, 16-bit numbers, float32 sums and results."""
+        a = self._matrix(offsets[m.a], rows, m.inner, m.dtype)
+        b = self._matrix(offsets[m.b], m.columns, m.inner, m.dtype)
+        c = (self._matrix(offsets[m.c], rows, m.columns, torch.float32) if m.buffer is None
+             else self._activations.buffer(m.buffer, m.columns)[:rows])
+        torch.mm(a, b.t(), out_dtype=torch.float32, out=c)
+
+    def _matrix(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        size = rows * columns * (torch.finfo(dtype).bits // 8)
+        return self._activations.scratch[offset:offset + size].view(dtype).view(rows, columns)
+
+    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | _Matmul]:
+        memory = {f"zeros.{name}": torch.zeros(size, dtype=torch.uint8, device=self._activations.scratch.device)
+                  for name, size in source.zeros}
+        for name, pointers in source.tables:
+            table = [self._address(op, pointer, memory) for pointer in pointers]
+            memory[f"tables.{name}"] = torch.tensor(table, dtype=torch.int64, device=self._activations.scratch.device)
+        self._kept += memory.values()
+        return [_matmul(op, launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
+                for launch in source.launches]
+
+    def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
+        call = self._call(launch)
+        changing = []
+        for index, argument in enumerate(_flat(launch.arguments)):
+            if isinstance(argument, str) and (changed := self._changing(op, argument)):
+                changing.append((index, changed))
+            else:
+                call.set(index, self._address(op, argument, memory) if isinstance(argument, str) else argument)
+        return _Bound(call, launch.grid, tuple(changing))
+
+    def _call(self, launch: Launch) -> Call:
+        kinds = [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments]
+        return Call(self._function(launch), launch.threads, launch.shared_bytes, self._facts["overlap"], kinds)
+
+    def _function(self, launch: Launch) -> Function:
+        key = (launch.function, launch.shared_bytes)
+        if key not in self._functions:
+            facts = self._facts["functions"][launch.function]
+            index = facts["module"]
+            if index not in self._modules:
+                start, size = self._facts["modules"][index]
+                self._modules[index] = load_module(self._code[start:start + size])
+            self._functions[key] = Function(self._modules[index], facts["symbol"], launch.shared_bytes)
+        return self._functions[key]
+
+    def _changing(self, op: Op | None, argument: str) -> str:
+        """What a step must write here: sizes, scratch memory and batch inputs; "" for what stays where it is."""
+        kind, _, name = argument.partition(".")
+        if kind in ("sizes", "scratch"):
+            return argument
+        operand = name if kind == "batch" else _operand(op, argument)
+        return f"inputs.{operand}" if operand in BATCH_INPUTS else ""
+
+    def _address(self, op: Op | None, argument: str, memory: Mapping[str, torch.Tensor]) -> int:
+        """A pointer that stays: to a weight, a cache or an activation; "" and what the op does not have are null."""
+        whole, _, offset = argument.partition("+")
+        if whole in memory:
+            return int(memory[whole].data_ptr())
+        kind, _, name = whole.partition(".")
+        operand = name if kind == "named" else _operand(op, whole)
+        if operand is None:
+            return 0
+        if operand in self._engine.program.weights:
+            return self._weights.address(operand) + int(offset or 0)
+        if operand in self._caches.tensors:
+            return int(self._caches.tensors[operand].data_ptr())
+        return self._activations.address(operand)
+
+
+def stretch_for(stretches: Sequence[Mapping[str, Any]], begin: int, end: int, sizes: Sizes,
+                processors: int) -> str | None:
+    """The entry of the first of a manifest's stretches that may run these ops at these sizes on such a GPU."""
+    for stretch in stretches if sizes.is_decode else ():
+        is_wanted = (stretch["begin"], stretch["end"], stretch["tokens"]) == (begin, end, sizes.tokens)
+        is_seen_whole = not stretch["window"] or sizes.longest <= stretch["window"]
+        if is_wanted and is_seen_whole and stretch["processors"] in (0, processors):
+            return str(stretch["entry"])
+    return None
+
+
+def _operand(op: Op | None, argument: str) -> str | None:
+    """The program's name for "inputs.x", "outputs.y" or "weights.bias" of an op; None: it has none."""
+    kind, _, name = argument.partition(".")
+    if op is None or kind not in ("inputs", "outputs", "weights"):
+        return None
+    if kind == "weights":
+        return op.weights.get(name)
+    spec = OPS[op.kind]
+    names, given = (spec.inputs, op.inputs) if kind == "inputs" else (spec.outputs, op.outputs)
+    return dict(zip((each.rstrip("?") for each in names), given, strict=False)).get(name)
+
+
+def _kind(argument: Argument) -> str:
+    if isinstance(argument, str):
+        return "int" if argument.startswith("sizes.") else "pointer"
+    return "float" if isinstance(argument, float) else "int"
+
+
+def _flat(arguments: Sequence[Argument | tuple[Argument, ...]]) -> list[Argument]:
+    return [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def _matmul(op: Op | None, launch: Launch) -> _Matmul:
+    a, b, c, columns, inner, dtype = map(str, launch.arguments)
+    names = [name.partition(".")[2] for name in (a, b, c)]
+    return _Matmul(names[0], names[1], names[2], _operand(op, c), int(columns), int(inner), DTYPES[dtype])

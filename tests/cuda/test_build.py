@@ -1,0 +1,140 @@
+"""Engines for GPUs are built on machines without one: cubins for every target, launches and limits in the manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorwright.builder.rebuild import EngineSource
+from tensorwright.engine.config import read_config
+from tensorwright.engine.engine import Engine
+from tensorwright.engine.format import Reader
+from tensorwright.errors import BuildError, IncompatibleEngineError, UsageError
+from tensorwright.kernels.cuda.launch import from_json, to_json
+from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
+from tensorwright.runtime.llm import LLM
+from tensorwright.testing.cubin import argument_sizes, parameter_sizes
+from tensorwright.testing.engines import Recipe, build_dummy, build_engine
+from tensorwright.testing.tiny import TinyModel
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
+LARGER = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+                   vocab_size=2048)
+FEW_BYTES = 64  # that a kernel may put aside before its loop
+TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
+
+
+def built(recipe: Recipe, folder: Path, target: str) -> Path:
+    return build_engine(Recipe(**{**vars(recipe), "build": {"target": target}}), folder)
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(TINY, tmp_path_factory.mktemp("sm_90"), "sm_90")
+
+
+def check_arguments(engine_dir: Path) -> None:
+    """Every launch hands over as many bytes for each parameter as the compiled kernel takes."""
+    engine = Engine.open(engine_dir)
+    code, facts = engine.kernels(), engine.manifest["kernels"]
+    wanted: dict[str, list[int]] = {}
+    for start, size in facts["modules"]:
+        wanted |= parameter_sizes(code[start:start + size])
+    for entry in facts["entries"].values():
+        for launch in from_json(entry).launches:
+            if launch.function != "matmul":
+                symbol = facts["functions"][launch.function]["symbol"]
+                assert argument_sizes(launch.arguments) == wanted[symbol], launch.function
+
+
+def kernels_of(engine_dir: Path) -> dict[str, Any]:
+    return dict(Engine.open(engine_dir).manifest["kernels"])
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
+    facts = kernels_of(built(TINY, tmp_path, target))
+    for entry in facts["entries"].values():
+        for launch in from_json(entry).launches:
+            if launch.function != "matmul":
+                function = facts["functions"][launch.function]
+                assert function["spilled_bytes"] <= FEW_BYTES, launch.function
+                assert function["registers"] * launch.threads <= 65536, launch.function
+                assert function["shared_bytes"] + launch.shared_bytes <= SHARED_BYTES[target], launch.function
+
+
+def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None:
+    folder = build_dummy(LARGER, tmp_path, "float16", target="sm_90")
+    facts = kernels_of(folder)
+    check_arguments(folder)
+    assert [stretch["tokens"] for stretch in facts["stretches"]] == [1, 2, 1, 2, 4, 8, 16, 32, 64]
+    for stretch in facts["stretches"]:
+        source = from_json(facts["entries"][stretch["entry"]])
+        assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))
+        for launch in source.launches:
+            shared = facts["functions"][launch.function]["shared_bytes"] + launch.shared_bytes
+            assert shared <= SHARED_BYTES["sm_90"], launch.function
+        assert len(dict(source.tables).get("layers", ())) == (2 * 7 if stretch["processors"] else 0)
+
+
+def test_launches_hand_over_what_kernels_take(engine_dir: Path) -> None:
+    check_arguments(engine_dir)
+
+
+def test_other_programs_and_targets_run_op_by_op(engine_dir: Path) -> None:
+    assert kernels_of(engine_dir)["stretches"] == []
+
+
+def test_cubins_are_of_the_exact_target(engine_dir: Path) -> None:
+    engine = Engine.open(engine_dir)
+    code, facts = engine.kernels(), engine.manifest["kernels"]
+    assert facts["flags"] == ["-arch=sm_90a"]
+    for start, size in facts["modules"]:
+        assert code[start:start + 4] == b"\x7fELF" and size > 0
+    assert {op["kernel"] for op in engine.manifest["steps"]} >= {"linear", "attention", "rope_cache"}
+
+
+def test_launches_survive_the_manifest(engine_dir: Path) -> None:
+    for entry in kernels_of(engine_dir)["entries"].values():
+        assert json.loads(json.dumps(to_json(from_json(entry)))) == entry
+
+
+def test_weights_come_back_from_the_engine(engine_dir: Path) -> None:
+    """As a rebuild for another target reads them: the checkpoint's codes, whatever the row order."""
+    from tensorwright.builder.pack import CheckpointSource
+    from tensorwright.checkpoint.reader import Checkpoint
+
+    engine = Engine.open(engine_dir)
+    packed = EngineSource(engine.reader, engine.manifest)
+    given = CheckpointSource(Checkpoint(engine_dir.parent / "checkpoint"), 0)
+    layouts = {entry["layout"] for entry in engine.manifest["weights"]}
+    assert {"units", "units.rope", "units.gated"} <= layouts
+    for weight in engine.program.weights.values():
+        if weight.parts:
+            np.testing.assert_array_equal(packed(weight).values, given(weight).values)
+
+
+def test_weights_of_float32_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="sm_90"):
+        built(Recipe(TinyModel("mistral")), tmp_path, "sm_90")
+
+
+def test_unknown_targets_are_refused() -> None:
+    with pytest.raises(UsageError, match="sm_90"):
+        resolve_target("sm_75")
+
+
+def test_an_engine_of_another_machine_is_refused(engine_dir: Path) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(IncompatibleEngineError):
+        LLM(engine_dir)
+
+
+def test_inspecting_needs_no_gpu(engine_dir: Path) -> None:
+    engine = Engine(Reader(engine_dir / "rank0.engine"), read_config(engine_dir), engine_dir)
+    assert engine.target == "sm_90"

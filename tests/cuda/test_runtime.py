@@ -1,0 +1,92 @@
+"""What of the GPU runtime needs no GPU: sampling with torch, the padding of steps, names that launches give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tensorwright.engine.engine import Engine
+from tensorwright.kernels.cuda.launch import Launch, Size, from_json, scratch_offsets
+from tensorwright.program.ops import BATCH_INPUTS, OPS
+from tensorwright.runtime.batch import SamplingRow
+from tensorwright.runtime.sampling import choose
+from tensorwright.testing.engines import Recipe, build_engine
+from tensorwright.testing.native_ops import make_batch
+from tensorwright.testing.tiny import TinyModel
+
+torch = pytest.importorskip("torch", reason="needs torch")
+
+ROWS = [
+    SamplingRow(), SamplingRow(temperature=0.7, uniform=0.3), SamplingRow(temperature=1.0, top_k=5, uniform=0.9),
+    SamplingRow(temperature=1.3, top_p=0.8, uniform=0.99), SamplingRow(temperature=1.0, min_p=0.1, uniform=0.5),
+    SamplingRow(temperature=0.9, uniform=0.0), SamplingRow(biased=(3, 4), biases=(9.0, -np.inf)),
+    SamplingRow(temperature=2.0, top_k=3, uniform=0.999, biased=(7,), biases=(-np.inf,)),
+    SamplingRow(temperature=0.8, top_k=40, top_p=0.9, uniform=0.2, repetition_penalty=1.3, presence_penalty=0.5,
+                frequency_penalty=0.1, seen=(1, 2, 7), counts=(0, 1, 4))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sampling_means_what_the_reference_means(seed: int) -> None:
+    from tensorwright.runtime.cuda.sampling import choose as choose_with_torch
+
+    logits = (np.random.default_rng(seed).standard_normal((len(ROWS), 300)) * 3).astype(np.float32)
+    logits[:, 17] = logits[:, 5] = logits.max() + 1  # a tie for the lower id to win
+    tokens, log_probs = choose_with_torch(torch.tensor(logits), ROWS)
+    wanted, wanted_log_probs = choose(logits, ROWS)
+    assert tokens.tolist() == wanted.tolist()
+    np.testing.assert_allclose(log_probs.numpy(), wanted_log_probs, rtol=1e-5, atol=1e-6)
+
+
+def test_decode_steps_are_padded_to_buckets_and_others_are_not() -> None:
+    from tensorwright.runtime.cuda.inputs import decode_bucket, sizes_of
+
+    def step(queries: list[int], rows: list[int]) -> object:
+        batch = make_batch([(query, query + 5) for query in queries], 4)[0]
+        batch = type(batch)(**{**vars(batch), "output_rows": np.array(rows, np.int32)})
+        return decode_bucket(batch, (1, 2, 4), 8) or sizes_of(batch)
+
+    padded = step([1, 1, 1], [0, 1, 2])
+    assert (padded.tokens, padded.sequences, padded.outputs, padded.table_width) == (4, 4, 4, 8)  # type: ignore[attr-defined]
+    for queries, rows in (([1, 2], [0, 2]), ([1, 1], [1, 0]), ([1, 1], [1]), ([1] * 5, [0, 1, 2, 3, 4])):
+        plain = step(queries, rows)
+        assert not plain.is_decode and plain.sequences == len(queries)  # type: ignore[attr-defined]
+
+
+def test_batch_inputs_do_not_overlap() -> None:
+    from tensorwright.runtime.cuda.inputs import Sizes
+
+    sizes = Sizes(tokens=7, sequences=3, outputs=2, table_width=5, max_query_length=4)
+    starts, end = sizes.offsets()
+    ends = [starts[name] + sizes.of(name) for name in BATCH_INPUTS]
+    assert all(last <= start for last, start in zip(ends, [*list(starts.values())[1:], end], strict=True))
+
+
+def test_every_argument_of_a_launch_names_something(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
+    recipe = Recipe(TinyModel("qwen3", head_size=32), "float16", "W4A16", int8_kv_cache=True, build={"target": "sm_90"})
+    engine = Engine.open(build_engine(recipe, tmp_path))
+    entries = engine.manifest["kernels"]["entries"]
+    for op, step in zip(engine.program.ops, engine.steps, strict=True):
+        spec = OPS[op.kind]
+        known = {"inputs": {n.rstrip("?") for n in spec.inputs}, "outputs": {n.rstrip("?") for n in spec.outputs},
+                 "weights": {n.rstrip("?") for n in spec.weights}, "sizes": {"rows", "table_width"}}
+        for variant in step.variants:
+            source = from_json(entries[variant.symbol])
+            known["scratch"] = set(dict(source.scratch))
+            for argument in names(source.launches):
+                kind, _, name = argument.partition("+")[0].partition(".")
+                assert name in known[kind], (op.name, argument)
+
+
+def names(launches: tuple[Launch, ...]) -> list[str]:
+    flat = [each for launch in launches if launch.function != "matmul" for argument in launch.arguments
+            for each in (argument if isinstance(argument, tuple) else (argument,))]
+    return [each for each in flat if isinstance(each, str) and each]
+
+
+def test_sizes_and_scratch() -> None:
+    assert Size("tokens", per=64, times=3).at({"tokens": 65}) == 6
+    assert scratch_offsets({"x": Size("rows", times=10), "y": Size(times=300)}, {"rows": 7, "one": 1}) == (
+        {"x": 0, "y": 256}, 768)

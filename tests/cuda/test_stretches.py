@@ -1,0 +1,64 @@
+"""Which decode steps of Mistral-Nemo's shape run several ops at once, with and without a window. Nothing is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorwright.builder.build import program_of
+from tensorwright.builder.plan import choose
+from tensorwright.checkpoint.config import CheckpointConfig, Quantization
+from tensorwright.kernels.cuda.decode_steps import decode_stretches
+from tensorwright.kernels.cuda.registry import KERNELS
+from tensorwright.kernels.cuda.targets import resolve_target
+from tensorwright.models.families import from_huggingface
+from tensorwright.testing.native_ops import make_batch
+from tensorwright.testing.tiny import TinyModel, config
+
+pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("cuda.bindings.driver", reason="needs the package cuda-bindings")
+BUCKETS, PROCESSORS, BLOCK = (1, 2, 4, 8, 16, 32, 64), 132, 64
+WINDOW = 4096  # what a Mistral's config.json means that says nothing of a window
+FUSED = ["decode_1_on_132", "decode_2_on_132", *(f"decode_{bucket}" for bucket in BUCKETS[2:])]
+
+
+def stretches_of(fields: dict[str, Any], without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], int]:
+    """As the manifest holds them, and the number of ops."""
+    shape = config(TinyModel("mistral", hidden_size=5120, num_heads=32, num_kv_heads=8, head_size=128, num_layers=40,
+                             intermediate_size=14336, vocab_size=131072, max_position_embeddings=8192, dtype="float16"))
+    model = from_huggingface({name: value for name, value in (shape | fields).items() if name not in without})
+    program = program_of(CheckpointConfig(model, Quantization("W4A16", 128)), BLOCK, architecture="cuda")
+    plan = choose(program, resolve_target("sm_90"), KERNELS)
+    layouts = {name: choice.tactic.layout for choice in plan.choices for name in choice.op.weights.values()}
+    return [vars(stretch) | {"entry": stretch.entry}
+            for stretch in decode_stretches(program, plan.target, layouts)], len(program.ops)
+
+
+def entries(stretches: list[dict[str, Any]], ops: int, longest: int, processors: int = PROCESSORS) -> list[str | None]:
+    """What the executor runs at each bucket, where one sequence has so many tokens and the others one."""
+    from tensorwright.runtime.cuda.inputs import decode_bucket
+    from tensorwright.runtime.cuda.plan import stretch_for
+
+    found = []
+    for count in BUCKETS:
+        batch = make_batch([(1, 1)] * (count - 1) + [(1, longest)], BLOCK)[0]
+        batch = type(batch)(**{**vars(batch), "output_rows": np.arange(count, dtype=np.int32)})
+        sizes = decode_bucket(batch, BUCKETS, 5120 // BLOCK)
+        assert sizes is not None
+        found.append(stretch_for(stretches, 0, ops, sizes, processors))
+    return found
+
+
+def test_every_bucket_has_a_stretch_at_any_length() -> None:
+    stretches, ops = stretches_of({})
+    assert entries(stretches, ops, 1) == entries(stretches, ops, 5120) == FUSED
+    assert entries(stretches, ops, 1, processors=114) == [f"decode_{bucket}" for bucket in BUCKETS]
+
+
+@pytest.mark.parametrize("without", [(), ("sliding_window",)], ids=["given", "by default"])
+def test_a_window_matters_only_to_sequences_that_pass_it(without: tuple[str, ...]) -> None:
+    stretches, ops = stretches_of({"sliding_window": WINDOW}, without)
+    assert entries(stretches, ops, WINDOW) == FUSED
+    assert entries(stretches, ops, WINDOW + 1) == [None] * len(BUCKETS)
