@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from tensorwright.checkpoint.config import Quantization
-from tensorwright.checkpoint.convert import ConvertOptions, ConvertReport, DType, convert
+from tensorwright.checkpoint.convert import DType
 from tensorwright.checkpoint.reader import Checkpoint
 from tensorwright.checkpoint.tensor_file import TensorFile
 from tensorwright.errors import CheckpointError
 from tensorwright.quantization.scheme import dequantize
 from tensorwright.testing import tiny
-
-Weights = dict[str, NDArray[Any]]
-
-
-def quiet(num_bytes: int, what: str) -> None:
-    """Nobody watches."""
-
-
-def run(model: Path, output: Path, **options: Any) -> ConvertReport:
-    return convert(model, output, ConvertOptions(**{"dtype": "float32", **options}), quiet)
-
-
-def rewrite(model: Path, change: Callable[[Weights], None], description: tiny.TinyModel | None = None) -> None:
-    """The model's weights after a change."""
-    weights = tiny.tensors(description or tiny.TinyModel())
-    change(weights)
-    tiny.write_weights(model, weights)
-
-
-def change_config(model: Path, **fields: Any) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}), encoding="utf-8")
-
+from tensorwright.testing.converting import change_config, rewrite, run
 
 TABLE = "model.embed_tokens.weight"
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tensorwright.checkpoint.config import Quantization
-from tensorwright.checkpoint.convert import ConvertOptions, ConvertReport, convert
 from tensorwright.errors import CheckpointError, ModelError, UsageError
 from tensorwright.testing import tiny
+from tensorwright.testing.converting import Weights, change_config, rewrite, run
 
-Weights = dict[str, NDArray[Any]]
 UP, NORM, TABLE = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
-
-
-def quiet(num_bytes: int, what: str) -> None:
-    """Nobody watches."""
-
-
-def run(model: Path, output: Path, **options: Any) -> ConvertReport:
-    return convert(model, output, ConvertOptions(**{"dtype": "float32", **options}), quiet)
-
-
-def rewrite(model: Path, change: Callable[[Weights], None], description: tiny.TinyModel | None = None) -> None:
-    """The model's weights after a change."""
-    weights = tiny.tensors(description or tiny.TinyModel())
-    change(weights)
-    tiny.write_weights(model, weights)
-
-
-def change_config(model: Path, **fields: Any) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}), encoding="utf-8")
 
 
 def _set(name: str, value: float) -> Callable[[Weights], None]:

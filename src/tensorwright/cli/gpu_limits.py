@@ -32,7 +32,7 @@ def _best(run: Callable[[], object]) -> float:
     run()
     times: list[float] = []
     for _ in range(TRIES):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch: no types
         begin.record()
         run()
         end.record()

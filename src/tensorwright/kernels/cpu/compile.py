@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.elf import needed_libraries
+from tensorwright.kernels.headers import inlined
 from tensorwright.kernels.interface import Source, Target, symbols
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
@@ -34,7 +34,8 @@ SYSTEM_LIBRARIES = ("libc.so", "libm.so", "libpthread.so", "ld-linux", "ld-musl"
 def engine_source(entries: Sequence[Source]) -> str:
     """The one C++ file of an engine, with every header of the package written out: it compiles by itself."""
     seen: set[str] = set()
-    parts = [_inlined(name, seen) for name in (*CORE_HEADERS, *(h for entry in entries for h in entry.headers))]
+    headers = (*CORE_HEADERS, *(header for entry in entries for header in entry.headers))
+    parts = [inlined(NATIVE_FOLDER, name, seen) for name in headers]
     for symbol, function in dict(zip(symbols(entries), (e.function for e in entries), strict=True)).items():
         parts.append(f'extern "C" TW_EXPORT void {symbol}(const tw_step* step, const tw_run* run, '
                      f"const tw_worker* worker) {{\n  {function}(step, run, worker);\n}}\n")
@@ -44,7 +45,7 @@ def engine_source(entries: Sequence[Source]) -> str:
 def kernel_text(entry: Source) -> str:
     """Everything that decides an entry's own code: its headers, written out, and its function."""
     seen: set[str] = set()
-    return "".join([*(_inlined(name, seen) for name in entry.headers), entry.function])
+    return "".join([*(inlined(NATIVE_FOLDER, name, seen) for name in entry.headers), entry.function])
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -93,22 +94,6 @@ def cache_folder() -> Path:
     """Where compiled kernels are kept between builds; deleting it is always safe."""
     base = os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/")) / ".cache"
     return Path(base) / "tensorwright"
-
-
-def _inlined(name: str, seen: set[str]) -> str:
-    """A header's text with the package's own includes written out, each once."""
-    if name in seen:
-        return ""
-    seen.add(name)
-    lines = [f'#line 1 "{name}"\n']
-    for number, line in enumerate((NATIVE_FOLDER / name).read_text(encoding="utf-8").splitlines(), 1):
-        if include := re.fullmatch(r'\s*#include "([\w./]+)".*', line):
-            lines.append(f'{_inlined(include.group(1), seen)}#line {number + 1} "{name}"\n')
-        elif line.strip() != "#pragma once":
-            lines.append(f"{line}\n")
-        else:
-            lines.append("\n")
-    return "".join(lines)
 
 
 @functools.lru_cache(maxsize=8)

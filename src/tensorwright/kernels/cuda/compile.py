@@ -19,6 +19,7 @@ from typing import Any
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cpu.compile import cache_folder
 from tensorwright.kernels.cuda.launch import GpuSource
+from tensorwright.kernels.headers import inlined
 from tensorwright.kernels.interface import Target
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
@@ -73,7 +74,7 @@ def nvrtc_version() -> str:
 
 def _module(headers: tuple[str, ...], functions: tuple[str, ...], target: Target, include: Path) -> Module:
     seen: set[str] = set()
-    source = "".join(_inlined(name, seen) for name in headers)
+    source = "".join(inlined(NATIVE_FOLDER, name, seen) for name in headers)
     options = (*OPTIONS, *target.flags)
     identity = json.dumps([nvrtc_version(), options, source, functions])
     path = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.cubin"
@@ -109,20 +110,6 @@ def _function(symbol: str, log: str) -> Function:
         raise BuildError(f"NVRTC's log does not say what {symbol} takes:\n{part[:500]}")
     shared = re.search(r"(\d+) bytes smem", used[2])
     return Function(symbol, int(used[1]), int(shared[1]) if shared else 0, int(spilled[1]))
-
-
-def _inlined(name: str, seen: set[str]) -> str:
-    """A header's text with the package's own includes written out, each once."""
-    if name in seen:
-        return ""
-    seen.add(name)
-    lines = [f'#line 1 "{name}"\n']
-    for number, line in enumerate((NATIVE_FOLDER / name).read_text(encoding="utf-8").splitlines(), 1):
-        if include := re.fullmatch(r'\s*#include "([\w./]+)".*', line):
-            lines.append(f'{_inlined(include.group(1), seen)}#line {number + 1} "{name}"\n')
-        else:
-            lines.append("\n" if line.strip() == "#pragma once" else f"{line}\n")
-    return "".join(lines)
 
 
 def _nvrtc() -> Any:

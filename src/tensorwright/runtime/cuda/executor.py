@@ -55,7 +55,7 @@ class CudaExecutor:
         self._weights = Weights(engine, self.device)
         self._caches = Caches(engine, num_blocks, self.device)
         self._inputs = Inputs(self.device)
-        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch: no types
         self._bind(self._buckets[-1])
 
     def _bind(self, max_outputs: int) -> None:

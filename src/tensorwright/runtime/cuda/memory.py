@@ -33,7 +33,7 @@ class Weights:
             end += -(-entry["bytes"] // ALIGNMENT) * ALIGNMENT
         self.memory = _empty(max(end, 1), device, "the weights")
         staging = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        copied: list[Any] = [torch.cuda.Event() for _ in staging]  # type: ignore[no-untyped-call]
+        copied: list[Any] = [torch.cuda.Event() for _ in staging]  # type: ignore[no-untyped-call]  # torch: no types
         with engine.reader.path.open("rb") as file, ThreadPoolExecutor(READERS) as pool:
             for turn, (into, offset, size) in enumerate(self._pieces(engine)):
                 pinned, event = staging[turn % 2], copied[turn % 2]
