@@ -104,7 +104,7 @@ template <class Type> struct AttentionInput {
   const Type* cache;        // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
   const int* block_tables;  // [sequences, table_width]
   const int* lengths;       // [sequences], the new token counted
-  Type* y;                  // input order of the output projection
+  Type* y;                  // Order of the output projection
   float* parts;             // [sequences, KV_HEADS, chunks, heads per kv head, 128 + 2]
   int* arrivals;            // [sequences, KV_HEADS], 0 between launches
   int table_width;
@@ -112,7 +112,7 @@ template <class Type> struct AttentionInput {
 };
 
 // Grid: (most chunks, KV_HEADS, sequences). A chunk has at least MIN_CHUNK keys.
-template <class Type, int TOKENS, int HEADS, int KV_HEADS, int BLOCK_SIZE, int WARPS, int MIN_CHUNK>
+template <class Type, class Order, int HEADS, int KV_HEADS, int BLOCK_SIZE, int WARPS, int MIN_CHUNK>
 __global__ void __launch_bounds__(WARPS * LANES) decode_attention(const AttentionInput<Type> input) {
   constexpr int ROWS = HEADS / KV_HEADS, TILE = 16, D = 128;
   static_assert(ROWS <= 8 && BLOCK_SIZE % TILE == 0 && MIN_CHUNK % (TILE * WARPS) == 0, "shapes");
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(WARPS * LANES) decode_attention(const Attentio
       value += outputs[w][head][d] * weight;
     }
     if (chunks == 1) {
-      input.y[input_index<TOKENS>(sequence, (kv_head * ROWS + head) * D + d)] = from_float<Type>(value / sum);
+      input.y[Order::index(sequence, (kv_head * ROWS + head) * D + d)] = from_float<Type>(value / sum);
     } else {
       float* part = parts + (split * ROWS + head) * (D + 2);
       __stcg(part + d, value);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(WARPS * LANES) decode_attention(const Attentio
       sum += __ldcg(part + D + 1) * weight;
       value += __ldcg(part + d) * weight;
     }
-    input.y[input_index<TOKENS>(sequence, (kv_head * ROWS + head) * D + d)] = from_float<Type>(value / sum);
+    input.y[Order::index(sequence, (kv_head * ROWS + head) * D + d)] = from_float<Type>(value / sum);
   }
 }
 

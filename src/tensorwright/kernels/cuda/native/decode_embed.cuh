@@ -13,8 +13,8 @@ template <class Type> struct EmbeddingInput {
   float2* rotation;                  // [tokens, 64]
 };
 
-// Grid: tokens. Writes what Residual::store writes, and the step's cosines and sines.
-template <class Type, int TOKENS, int H, int PARTIALS>
+// Grid: tokens. Writes, in that order, what Residual::store writes, and the step's cosines and sines.
+template <class Type, class Order, int TOKENS, int H, int PARTIALS>
 __global__ void __launch_bounds__(256) embed(const EmbeddingInput<Type> input, const Residual<Type, TOKENS, H> output) {
   __shared__ float squares[8];
   const int token = blockIdx.x;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(256) embed(const EmbeddingInput<Type> input, c
   for (int k = threadIdx.x; k < H; k += 256) {
     const float value = to_float(from[k]);
     output.stream[(size_t)token * H + k] = value;
-    output.x[input_index<TOKENS>(token, k)] = to_finite<Type>(value * output.next_norm[k]);
+    output.x[Order::index(token, k)] = to_finite<Type>(value * output.next_norm[k]);
     sum += value * value;
   }
   for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);

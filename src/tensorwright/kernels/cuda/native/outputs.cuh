@@ -4,8 +4,9 @@
 // share of `squares` (the sum of squares that the next RMSNorm needs). Which weight rows are "g" and "g + 8" is the
 // packer's choice: dimensions d and d + 64 of a head for rope, gate and up of one channel for a gated activation.
 //
-// Activations that a linear reads lie as it reads them: [K / 128][tokens / 8][4 quarters][8 tokens][32], so that a chunk of
-// 128 inputs of all tokens is one contiguous copy. With one token that is the plain order.
+// Activations that a linear reads lie as it reads them, a chunk of 128 inputs of all tokens in one contiguous copy: in input
+// order [K / 128][tokens / 8][4 quarters][8 tokens][32] for mma.sync, which is the plain order with one token, or in core
+// order for wgmma.
 #pragma once
 #include "tensor_core.cuh"
 
@@ -15,6 +16,20 @@ template <int TOKENS> __device__ inline int input_index(int token, int k) {
   constexpr int WIDTH = TOKENS < 8 ? TOKENS : 8;
   return (((k / 128 * (TOKENS / WIDTH) + token / WIDTH) * 4 + k / 32 % 4) * WIDTH + token % WIDTH) * 32 + k % 32;
 }
+
+template <int TOKENS> struct InputOrder {
+  __device__ static int index(int token, int k) { return input_index<TOKENS>(token, k); }
+};
+
+// As wgmma reads it from shared memory: [K / 128][tokens / 8][8 k-steps][2][8 tokens][8]. Which input is where in a k-step
+// follows the packed weights: lane t of a quarter has inputs 8 t .. 8 t + 7, in steps 0 1 | 4 5 and 2 3 | 6 7.
+__device__ inline size_t core_index(int token, int k, int tokens) {
+  const int step = k / 32 % 4 * 2 + k / 2 % 2, core = k / 4 % 2, at = k / 8 % 4 * 2 + k % 2;
+  return (((size_t)(k / 128) * (tokens / 8) + token / 8) * 16 + step * 2 + core) * 64 + token % 8 * 8 + at;
+}
+template <int TOKENS> struct CoreOrder {
+  __device__ static int index(int token, int k) { return (int)core_index(token, k, TOKENS); }
+};
 
 // q, k, v: rope on q and k in the rotate-half pairing, k and v into their slots. The next kernel is attention.
 template <class Type, int TOKENS, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCache {
