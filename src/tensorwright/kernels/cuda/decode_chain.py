@@ -45,6 +45,11 @@ class _Chain:
         return NATIVE_TYPES[self.shapes.weight.scale_dtype]
 
     @property
+    def order(self) -> str:
+        """The C++ type of their order."""
+        return f"tw::InputOrder<{self.tokens}>"
+
+    @property
     def partial_sums(self) -> int:
         """Of squares, that an output projection leaves: one for a row tile, or for a block of eight."""
         return self.shapes.hidden // (units.UNIT_ROWS if self.tokens in SMALL else BLOCK_ROWS)
@@ -79,8 +84,8 @@ def _source(chain: _Chain) -> GpuSource | None:
     angles = ("batch.token_ids", "batch.positions", f"named.{embedding.weights['table']}",
               f"named.{first[1].weights['inverse_frequencies']}", "scratch.rotation")
     launches: list[Launch | None] = [Launch(
-        f"tw::embed<{chain.number}, tw::InputOrder<{tokens}>, {tokens}, {s.hidden}, {chain.partial_sums}>", (Size(times=tokens), Size(), Size()),
-        arguments=(angles, _residual(norms[0], "")))]
+        f"tw::embed<{chain.number}, {chain.order}, {tokens}, {s.hidden}, {chain.partial_sums}>",
+        (Size(times=tokens), Size(), Size()), arguments=(angles, _residual(norms[0], "")))]
     for ops, next_norm in zip(chain.decoder.layers, norms[1:], strict=True):
         launches += _layer(chain, ops, next_norm)
     logits = ("named." + lm_head.outputs[0], "", "", "sizes.outputs")
@@ -109,7 +114,7 @@ def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | 
 
 def _attention(chain: _Chain, op: Op, cache: str) -> Launch:
     s, warps = chain.shapes, 8 if chain.tokens < 64 else 4
-    function = (f"tw::decode_attention<{chain.number}, tw::InputOrder<{chain.tokens}>, {s.heads}, {s.kv_heads}, {s.block_size}, "
+    function = (f"tw::decode_attention<{chain.number}, {chain.order}, {s.heads}, {s.kv_heads}, {s.block_size}, "
                 f"{warps}, {MIN_CHUNK}>")
     arguments = ("scratch.q", cache, "batch.block_tables", "batch.kv_lengths", "scratch.attended",
                  "scratch.attention_parts", "zeros.attention_arrivals", "sizes.table_width",
