@@ -26,7 +26,6 @@ which mix prompts into decode steps: those steps do not count. Only OpenVINO loa
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from typing import Any
 from peers import comparison, environments, own, picture
 from peers.bars import Bar, markdown
 from peers.conditions import ROOT, conditions
+from peers.results import read_results, write, write_results
 from tensorwright.cli.machine import num_processors, processor_name
 
 ENGINES = tuple(environments.PROGRAMS)
@@ -58,7 +58,7 @@ def main() -> int:
     """Measure the sections, write each as it is done, and print all of the file. The status tells of failures."""
     options = parse()
     shop = own.Workshop(options.work / "own", options.threads)
-    results = read_results(options.json)
+    results = read_results(options.json, SECTIONS)
     is_whole = True
     for name in options.sections:
         print(f"section {name}", file=sys.stderr, flush=True)
@@ -74,8 +74,7 @@ def main() -> int:
             continue
         results[name] = {"title": title_of(name, options), **before, "seconds": time.monotonic() - started,
                          "bars": [bar.to_json() for bar in bars], **found}
-        write(options.json, json.dumps({"sections": {key: results[key] for key in SECTIONS if key in results}},
-                                       indent=1) + "\n")
+        write_results(options.json, SECTIONS, results)
     if options.setup_only:
         return 0 if is_whole else 1
     if options.picture and "peers_S" in results:
@@ -134,22 +133,6 @@ def tables(results: dict[str, Any]) -> str:
         bars = [bar for section in rest for bar in bars_of(section)]
         parts.append(f"**Tensorwright alone** ({'; '.join(taken)})\n\n{markdown(bars)}")
     return "\n\n".join(parts) or "nothing was measured yet"
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The sections of the file, none where there is no such file or one of an earlier form."""
-    if not path.exists():
-        return {}
-    sections: dict[str, Any] = json.loads(path.read_text()).get("sections", {})
-    return {name: sections[name] for name in SECTIONS if name in sections}
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def parse() -> argparse.Namespace:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-NAMES = {"tensorwright": "Tensorwright", "llama.cpp": "llama.cpp", "openvino": "OpenVINO"}
 OURS = "tensorwright"
+NAMES = {"llama.cpp": "llama.cpp", "openvino": "OpenVINO", "vllm_int4": "vLLM int4", "vllm_fp8": "vLLM fp8",
+         OURS: "Tensorwright"}  # in the order of a table's columns
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Bar:
 
 def markdown(table: Sequence[Bar]) -> str:
     """The bars as a table; columns of engines that have no figure are left out."""
-    shown = [name for name in ("llama.cpp", "openvino", OURS) if any(name in bar.values for bar in table)]
+    shown = [name for name in NAMES if any(name in bar.values for bar in table)]
     has_peers = any(bar.ratio is not None for bar in table)
     header = ["", *(NAMES[name] for name in shown), *(["against the better"] * has_peers), "must", "aim", "result"]
     lines = [_row(header), "|" + "---|" * len(header)]

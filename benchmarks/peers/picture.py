@@ -10,7 +10,8 @@ from xml.sax.saxutils import escape
 
 from peers.bars import NAMES, Bar
 
-COLOURS = {"tensorwright": "#d9480f", "openvino": "#6b7a90", "llama.cpp": "#a5b1c2"}
+COLOURS = {"tensorwright": "#d9480f", "openvino": "#6b7a90", "llama.cpp": "#a5b1c2", "vllm_fp8": "#6b7a90",
+           "vllm_int4": "#a5b1c2"}
 WIDTH, LABELS, NUMBERS = 720, 150, 90
 BAR, GAP, TOP = 16, 18, 64
 INK = "#7a8290"  # readable on light and on dark pages
@@ -20,7 +21,7 @@ FONT = 'font-family="system-ui, sans-serif"'
 def draw(title: str, table: Sequence[Bar]) -> str:
     """The SVG of all rows that count tokens per second."""
     groups = [bar for bar in table if bar.unit == "tok/s" and bar.values]
-    body, y = [_text(0, 20, title, 16, "bold"), *_legend()], float(TOP)
+    body, y = [_text(0, 20, title, 16, "bold"), *_legend(groups)], float(TOP)
     for group in groups:
         names = [name for name in COLOURS if name in group.values]
         body.append(_text(0, y + len(names) * BAR / 2 + 5, group.title, 14))
@@ -37,9 +38,10 @@ def draw(title: str, table: Sequence[Bar]) -> str:
             f'aria-label="{escape(title)}">\n' + "\n".join(body) + "\n</svg>\n")
 
 
-def _legend() -> list[str]:
+def _legend(groups: Sequence[Bar]) -> list[str]:
     parts, x = [], float(LABELS)
-    for name, colour in COLOURS.items():
+    shown = {name for group in groups for name in group.values}
+    for name, colour in ((name, colour) for name, colour in COLOURS.items() if name in shown):
         parts.append(f'<rect x="{x:.0f}" y="34" width="12" height="12" rx="2" fill="{colour}"/>')
         parts.append(_text(x + 18, 45, NAMES[name], 13))
         x += 130

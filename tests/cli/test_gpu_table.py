@@ -1,0 +1,77 @@
+"""The table of bars of `benchmarks/gpu.py`: shares of the limit, sections that stay, what is said of failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    return gpu
+
+
+FIGURES = {"limits": {"read_bytes_s": 4e12}, "tpot:16:128": {"tpot_s": 4e-3, "tokens_s": 4000.0, "mean_context": 257.0},
+           "memory": {"weight_bytes": 9_000_000_000, "embedding_bytes": 1_000_000_000, "kv_bytes_per_token": 160_000}}
+
+
+def test_the_limit_of_a_step_is_its_bytes_at_the_read_rate(gpu: ModuleType) -> None:
+    found = gpu.schemes.shares(FIGURES)["tpot:16:128"]
+    assert found["step_bytes"] == 8_000_000_000 + 16 * 257 * 160_000
+    assert found["limit_s"] == found["step_bytes"] / 4e12
+    assert found["share"] == found["limit_s"] / 4e-3
+    assert gpu.schemes.shares({**FIGURES, "limits": {"failure": "no GPU"}}) == {}
+
+
+def test_engines_are_built_together_while_they_fit(gpu: ModuleType) -> None:
+    names = ["int4", "int8", "float16"]  # 9, 15 and 26 GB
+    assert gpu.groups(names, 50) == [names]
+    assert gpu.groups(names, 30) == [["int4", "int8"], ["float16"]]
+    assert gpu.groups(names, 0) == [["int4"], ["int8"], ["float16"]]
+
+
+def test_each_goal_names_a_figure_that_the_worker_knows(gpu: ModuleType) -> None:
+    from gpu_table.worker import Meter
+
+    for goal in gpu.goals.GOALS:
+        name, *numbers = goal.figure.split(":")
+        assert hasattr(Meter, name) and all(map(int, numbers))
+
+
+def test_what_could_not_be_measured_is_said_and_the_rest_stays(gpu: ModuleType, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def int4(*_: Any) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+        figures = {**FIGURES, "tpot:1:128": {"failure": "stopped after 9 s"}}
+        bars = [goal.bar(gpu.goals.value_of(goal, figures)) for goal in gpu.goals.GOALS]
+        yield {"figures": figures, "limits": gpu.schemes.shares(figures)}, bars
+
+    def start(*_: Any) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+        yield {"whole_s": 5.0}, [gpu.goals.FIRST_TOKEN.bar(5.0)]
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(gpu, "int4", int4)
+    monkeypatch.setattr(gpu, "start", start)
+    command = ["gpu.py", "--json", str(file := tmp_path / "r.json"), "--work", str(tmp_path), "--commit", "abc"]
+    for sections in ("int4", "start"):
+        monkeypatch.setattr(sys, "argv", [*command, "--sections", sections])
+        assert gpu.main() == 1
+    assert list(json.loads(file.read_text())["sections"]) == ["int4", "start"]
+    printed = capsys.readouterr()
+    assert "the disk is full" in printed.err
+    assert "| TPOT, batch 1, 128 in, ms | 5.14 | 4.94 | – | – | ≤ 2.6 | ≤ 2 | not measured |" in printed.out
+    assert "| TPOT, batch 16, 128 in, ms | 5.34 | 5.09 | 4 | 1.27 × |" in printed.out
+    assert "| ≤ 3.4 | ≤ 2.6 | missed: 0.85 × must |" in printed.out
+    assert "must reached: 1.60 ×; aim missed: 0.80 ×" in printed.out
+    assert "| int4, groups of 128 | failed | 4.00 (54%) | failed | failed |" in printed.out
