@@ -21,7 +21,8 @@ def model(**fields: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("quantization", [
-    Quantization(), Quantization("W8A16"), Quantization("W4A16", 64), Quantization("W4A16", -1, "INT8", True)])
+    Quantization(), Quantization("W8A16"), Quantization("W4A16", 64), Quantization("W4A16", -1, "INT8", True),
+    Quantization("FP8_PER_CHANNEL_PER_TOKEN", -1, "FP8", True)])
 def test_both_ways(family: tiny.Family, quantization: Quantization) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     facts = model(family=family, rope_scaling=scaling, sliding_window=16, max_window_layers=1, attention_bias=True,
@@ -41,7 +42,7 @@ def test_fields_are_upstreams() -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"hidden_size": None, "__drop__": "hidden_size"}, "hidden_size"), ({"dtype": "float8"}, "float8"),
-    ({"quantization": {"quant_algo": "FP8"}}, "FP8"), ({"quantization": {"kv_cache_quant_algo": "FP8"}}, "FP8"),
+    ({"quantization": {"quant_algo": "FP8"}}, "FP8"), ({"quantization": {"kv_cache_quant_algo": "INT4"}}, "INT4"),
     ({"quantization": {"quant_algo": "W4A16", "group_size": 48}}, "48"), ({"__drop__": "quantization"}, "quantization"),
 ])
 def test_what_is_not_understood_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -49,7 +49,8 @@ def test_unquantised_weights_keep_their_bits(tmp_path: Path, family: tiny.Family
 
 @pytest.mark.parametrize(("quantization", "limit"), [
     (Quantization("W8A16", quantize_lm_head=True), 0.01), (Quantization("W4A16", 128), 0.11),
-    (Quantization("W4A16", 32), 0.09), (Quantization("W4A16", -1), 0.12)])
+    (Quantization("W4A16", 32), 0.09), (Quantization("W4A16", -1), 0.12),
+    (Quantization("FP8_PER_CHANNEL_PER_TOKEN", quantize_lm_head=True), 0.03)])
 def test_quantised_weights_are_near_and_the_report_says_how_near(model: Path, tmp_path: Path, limit: float,
                                                                  quantization: Quantization) -> None:
     report = run(model, tmp_path / "out", quantization=quantization)
@@ -124,8 +125,18 @@ def test_a_second_lm_head_of_a_tied_model_counts_where_it_differs(tmp_path: Path
     assert run(model, tmp_path / "out").config.model.tied_embeddings == same
 
 
-def test_int8_kv_cache_writes_scales_of_one(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "out", quantization=Quantization(kv_cache="INT8"))
+def test_float8_is_stored_as_such_in_every_matrix_of_the_layers(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "out", quantization=Quantization("FP8_PER_CHANNEL_PER_TOKEN"), dtype="bfloat16")
+    entries = TensorFile(tmp_path / "out" / "rank0.safetensors", CheckpointError).entries
+    for name in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"):
+        assert entries[f"transformer.layers.0.{name}.weight"].dtype == "F8_E4M3"
+        assert entries[f"transformer.layers.0.{name}.per_channel_scale"].dtype == "BF16"
+    assert entries["lm_head.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize("kv_cache", ["INT8", "FP8"])
+def test_a_quantised_kv_cache_writes_scales_of_one(model: Path, tmp_path: Path, kv_cache: Any) -> None:
+    run(model, tmp_path / "out", quantization=Quantization(kv_cache=kv_cache))
     scale = Checkpoint(tmp_path / "out").tensor(0, "transformer.layers.1.attention.kv_cache_scaling_factor").values
     assert (str(scale.dtype), scale.tolist()) == ("float32", [1.0])
 

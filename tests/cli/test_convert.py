@@ -46,6 +46,9 @@ def test_the_guides_line(model: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     (("--use_weight_only", "--weight_only_precision", "--int8_kv_cache"), "W8A16", -1, "INT8"),
     (("--use_weight_only", "--weight_only_precision=int4", "--group-size", "-1"), "W4A16", -1, None),
     (("--weight_only_precision", "int4"), None, -1, None),
+    (("--use_fp8_rowwise", "--quantize_lm_head"), "FP8_PER_CHANNEL_PER_TOKEN", -1, None),
+    (("--use_fp8", "--fp8_kv_cache", "--int8_kv_cache"), "FP8_PER_CHANNEL_PER_TOKEN", -1, "FP8"),
+    (("--use_fp8", "--use_weight_only"), "W8A16", -1, None), (("--fp8_kv_cache",), None, -1, "FP8"),
 ])
 def test_flags_become_algorithms(model: Path, tmp_path: Path, words: tuple[str, ...], algorithm: str | None,
                                  group_size: int, kv_cache: str | None) -> None:
@@ -56,8 +59,7 @@ def test_flags_become_algorithms(model: Path, tmp_path: Path, words: tuple[str, 
 
 @pytest.mark.parametrize(("words", "expected"), [
     (("--smoothquant", "0.5"), "--use_weight_only"), (("-sq", "0.5"), "not supported"),
-    (("--use_fp8",), "not supported"),
-    (("--fp8_kv_cache",), "--int8_kv_cache"), (("--pp_size", "2"), "--tp_size"),
+    (("--use_qserve",), "--use_fp8_rowwise"), (("--pp_size", "2"), "--tp_size"),
     (("--use_weight_only", "--weight_only_precision", "int4_awq"), "int8 or int4"),
     (("--meta_ckpt_dir", "x"), "Hugging Face"), (("--quant_ckpt_path", "x"), "not supported"),
     (("--moe_num_experts", "8"), "experts"), (("--quantize_lm_head",), "--use_weight_only"),

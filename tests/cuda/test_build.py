@@ -26,6 +26,8 @@ LARGER = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, he
                    vocab_size=2048)
 FEW_BYTES = 64  # that a kernel may put aside before its loop
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
+FLOAT8 = Recipe(TinyModel("mistral", head_size=128), "bfloat16", "FP8_PER_CHANNEL_PER_TOKEN", fp8_kv_cache=True,
+                quantize_lm_head=True)
 
 
 def built(recipe: Recipe, folder: Path, target: str) -> Path:
@@ -55,9 +57,10 @@ def kernels_of(engine_dir: Path) -> dict[str, Any]:
     return dict(Engine.open(engine_dir).manifest["kernels"])
 
 
+@pytest.mark.parametrize("recipe", [TINY, FLOAT8], ids=["int4", "float8"])
 @pytest.mark.parametrize("target", TARGET_NAMES)
-def test_every_kernel_fits_every_target(target: str, tmp_path: Path) -> None:
-    facts = kernels_of(built(TINY, tmp_path, target))
+def test_every_kernel_fits_every_target(target: str, recipe: Recipe, tmp_path: Path) -> None:
+    facts = kernels_of(built(recipe, tmp_path, target))
     for entry in facts["entries"].values():
         for launch in from_json(entry).launches:
             if launch.function != "matmul":
@@ -103,11 +106,13 @@ def test_launches_survive_the_manifest(engine_dir: Path) -> None:
         assert json.loads(json.dumps(to_json(from_json(entry)))) == entry
 
 
-def test_weights_come_back_from_the_engine(engine_dir: Path) -> None:
+@pytest.mark.parametrize("recipe", [TINY, FLOAT8], ids=["int4", "float8"])
+def test_weights_come_back_from_the_engine(recipe: Recipe, tmp_path: Path) -> None:
     """As a rebuild for another target reads them: the checkpoint's codes, whatever the row order."""
     from tensorwright.builder.pack import CheckpointSource
     from tensorwright.checkpoint.reader import Checkpoint
 
+    engine_dir = built(recipe, tmp_path, "sm_90")
     engine = Engine.open(engine_dir)
     packed = EngineSource(engine.reader, engine.manifest)
     given = CheckpointSource(Checkpoint(engine_dir.parent / "checkpoint"), 0)
@@ -121,6 +126,20 @@ def test_weights_come_back_from_the_engine(engine_dir: Path) -> None:
 def test_weights_of_float32_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="sm_90"):
         built(Recipe(TinyModel("mistral")), tmp_path, "sm_90")
+
+
+@pytest.mark.parametrize("recipe", [FLOAT8, Recipe(TINY.model, "float16", "W8A16", fp8_kv_cache=True)],
+                         ids=["weights", "cache"])
+def test_float8_needs_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="float8" if recipe is FLOAT8 else "rope_cache") as error:
+        built(recipe, tmp_path, "cpu")
+    assert "--target sm_90" in str(error.value.mend)
+
+
+def test_dummy_weights_of_float8(tmp_path: Path) -> None:
+    folder = build_dummy(TINY.model, tmp_path, "float16", ("--use_fp8_rowwise",), target="sm_90")
+    weights = {weight.dtype for weight in Engine.open(folder).program.weights.values()}
+    assert weights == {"float8_e4m3", "float16", "float32"}
 
 
 def test_unknown_targets_are_refused() -> None:

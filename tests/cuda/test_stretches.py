@@ -19,6 +19,7 @@ from tensorwright.testing.tiny import TinyModel, config
 
 pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("cuda.bindings.driver", reason="needs the package cuda-bindings")
+TARGET = resolve_target("sm_90")
 BUCKETS, PROCESSORS, BLOCK = (1, 2, 4, 8, 16, 32, 64), 132, 64
 WINDOW = 4096  # what a Mistral's config.json means that says nothing of a window
 FUSED = ["decode_1_on_132", "decode_2_on_132", *(f"decode_{bucket}" for bucket in BUCKETS[2:])]
@@ -29,8 +30,8 @@ def stretches_of(fields: dict[str, Any], without: tuple[str, ...] = ()) -> tuple
     shape = config(TinyModel("mistral", hidden_size=5120, num_heads=32, num_kv_heads=8, head_size=128, num_layers=40,
                              intermediate_size=14336, vocab_size=131072, max_position_embeddings=8192, dtype="float16"))
     model = from_huggingface({name: value for name, value in (shape | fields).items() if name not in without})
-    program = program_of(CheckpointConfig(model, Quantization("W4A16", 128)), BLOCK, architecture="cuda")
-    plan = choose(program, resolve_target("sm_90"), KERNELS)
+    program = program_of(CheckpointConfig(model, Quantization("W4A16", 128)), BLOCK, target=TARGET)
+    plan = choose(program, TARGET, KERNELS)
     layouts = {name: choice.tactic.layout for choice in plan.choices for name in choice.op.weights.values()}
     return [vars(stretch) | {"entry": stretch.entry}
             for stretch in decode_stretches(program, plan.target, layouts)], len(program.ops)

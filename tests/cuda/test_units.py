@@ -17,12 +17,14 @@ def tensor_of(weight: Weight, seed: int = 0) -> Tensor:
     codes = random.integers(0, 256, (rows, inputs // 2 if weight.dtype == "int4" else inputs)).astype(np.uint8)
     scales = random.standard_normal((rows, inputs // weight.group_size) if weight.group_size > 0 else rows)
     scales = scales.astype(units.DTYPES[weight.scale_dtype])
+    if weight.dtype == "float8_e4m3":
+        return Tensor((codes & 0xF7).view(np.dtype("float8_e4m3fn")), scales)  # no NaN
     return Tensor(codes if weight.dtype == "int4" else codes.view(np.int8), scales)
 
 
 @pytest.mark.parametrize(("dtype", "group", "shape", "layout"), [
     ("int4", 128, (1024, 256), units.ROPE), ("int4", 32, (50, 96), units.IN_ORDER),
-    ("int8", -1, (96, 200), units.GATED),
+    ("int8", -1, (96, 200), units.GATED), ("float8_e4m3", -1, (256, 200), units.ROPE),
     ("int4", -1, (40, 130), units.IN_ORDER), ("int8", 64, (2000, 64), units.IN_ORDER),
     ("float16", 0, (33, 65), units.IN_ORDER), ("bfloat16", 0, (64, 256), units.GATED)])
 def test_unpacking_is_the_inverse_of_packing(dtype: str, group: int, shape: tuple[int, int], layout: str) -> None:
@@ -46,6 +48,17 @@ def test_a_lane_finds_its_rows_and_inputs() -> None:
         eight = codes[row, 32 * quarter + 8 * (lane % 4):][:8]
         nibbles = [int(words[load, lane, place]) >> 4 * n & 15 for n in range(8)]
         assert nibbles == eight[[0, 2, 4, 6, 1, 3, 5, 7]].tolist()
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [("int8", 128), ("float8_e4m3", 0)])
+def test_bytes_of_two_rows_share_a_piece(dtype: str, bias: int) -> None:
+    """native/weights.cuh: piece (quarter, lane): eight inputs of row g, then of row g + 8."""
+    weight = Weight("w", (16, 128), dtype, -1, "float16")
+    tensor = tensor_of(weight)
+    pieces = units.pack(weight, tensor, units.IN_ORDER)[:2048].reshape(4, 32, 2, 8)
+    for quarter, lane, half in ((0, 0, 0), (2, 13, 1), (3, 31, 0)):
+        eight = tensor.values[lane // 4 + 8 * half, 32 * quarter + 8 * (lane % 4):][:8].view(np.uint8)
+        assert (pieces[quarter, lane, half] ^ bias).tolist() == eight.tolist()
 
 
 @pytest.mark.parametrize("layout", [units.ROPE, units.GATED])

@@ -39,6 +39,12 @@ BREAKS: dict[str, tuple[Callable[[Program], Program], str]] = {
         p.weights["lm_head.weight"], shape=(50, 25))}), "weight [50, 25]"),
     "scales without group": (lambda p: replace(p, weights={**p.weights, "lm_head.weight": replace(
         p.weights["lm_head.weight"], dtype="int4")}), "group size 0"),
+    "float8 in groups": (lambda p: replace(p, weights={**p.weights, "lm_head.weight": replace(
+        p.weights["lm_head.weight"], dtype="float8_e4m3", group_size=32, scale_dtype="float16")}), "one scale per row"),
+    "float8 activations of other weights": (lambda p: change(p, linear(p), attributes={
+        **p.ops[linear(p)].attributes, "float8_rows": 65}), "float8_rows"),
+    "unknown dtype": (lambda p: replace(p, buffers={**p.buffers, "x": Buffer("x", ("tokens",), "float8", "input")}),
+                      "dtype float8; expected"),
     "parts that do not fit": (lambda p: replace(p, weights={**p.weights, "lm_head.weight": replace(
         p.weights["lm_head.weight"], parts=p.weights["lm_head.weight"].parts * 2)}), "parts hold 100 rows"),
 }

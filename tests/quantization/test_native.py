@@ -21,7 +21,8 @@ from tensorwright.quantization.reference import cast, quantize
 from tensorwright.quantization.scheme import Quantized, Scheme
 
 DTYPES: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
-SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4), Scheme(8)]
+FLOAT8 = Scheme(8, is_float=True)
+SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4), Scheme(8), FLOAT8]
 
 
 @pytest.fixture(scope="module", params=["native", "x86-64-v3", "portable"])
@@ -35,7 +36,7 @@ def native(request: pytest.FixtureRequest) -> NativeQuantizer:
 def assert_same(ours: Quantized, reference: Quantized) -> None:
     assert ours.is_finite == reference.is_finite
     if reference.is_finite:
-        np.testing.assert_array_equal(ours.codes, reference.codes)
+        np.testing.assert_array_equal(ours.codes.view(np.uint8), reference.codes.view(np.uint8))
         np.testing.assert_array_equal(ours.scales.view(np.uint8), reference.scales.view(np.uint8))
         assert ours.squared_norm == pytest.approx(reference.squared_norm, rel=1e-9)
         if np.isfinite(reference.squared_error):
@@ -69,7 +70,8 @@ finite_bits = arrays(np.uint16, (2, 64), elements=st.integers(0, 0xFFFF).filter(
 
 
 @settings(deadline=None, max_examples=60)
-@given(bits=finite_bits, scheme=st.sampled_from([Scheme(4, 32), Scheme(4), Scheme(8)]), scales=st.sampled_from(DTYPES))
+@given(bits=finite_bits, scheme=st.sampled_from([Scheme(4, 32), Scheme(4), Scheme(8), FLOAT8]),
+       scales=st.sampled_from(DTYPES))
 def test_same_bits_on_any_float16(native: NativeQuantizer, bits: NDArray[Any], scheme: Scheme,
                                   scales: np.dtype[Any]) -> None:
     weight = bits.view(np.float16)
@@ -84,10 +86,24 @@ def test_columns_of_a_wider_matrix_need_no_copy(native: NativeQuantizer) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_seen(native: NativeQuantizer, dtype: np.dtype[Any], bad: float) -> None:
+@pytest.mark.parametrize("scheme", [Scheme(8), FLOAT8], ids=str)
+def test_numbers_that_are_none_are_seen(native: NativeQuantizer, dtype: np.dtype[Any], bad: float,
+                                        scheme: Scheme) -> None:
     weight = np.ones((4, 64), np.float32)
     weight[2, 63] = bad
-    assert not native(weight.astype(dtype), Scheme(8), DTYPES[0]).is_finite
+    assert not native(weight.astype(dtype), scheme, DTYPES[0]).is_finite
+
+
+def test_every_float8_and_every_tie_between_two(native: NativeQuantizer) -> None:
+    """A row whose scale is 1 holds all float8 numbers, what lies half-way between neighbours, and a bit beside that."""
+    codes = np.arange(127, dtype=np.uint8).view(np.dtype("float8_e4m3fn")).astype(np.float32)
+    ties = (codes[1:] + codes[:-1]) / 2
+    row = np.concatenate([codes, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(448))])
+    weight = np.concatenate([row, -row])[None]
+    ours = native(weight, FLOAT8, DTYPES[0])
+    assert ours.scales == 1
+    assert_same(ours, quantize(weight, FLOAT8, DTYPES[0]))
+    np.testing.assert_array_equal(ours.codes[0, :127].astype(np.float32), codes)
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)

@@ -91,18 +91,18 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
 
 
 def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False,
-               architecture: str = "") -> Program:
+               target: Target | None = None) -> Program:
     """The program of a rank before kernels are chosen: the model's, after all passes of the target's backend.
 
-    `exact`: no activation is rounded to int8.
+    `exact`: no activation is rounded to 8 bits. `target`: none means CPUs.
     """
-    model, quantization, backend = config.model, config.quantization, backend_of(architecture)
+    model, quantization, backend = config.model, config.quantization, backend_of(target.architecture if target else "")
     rounds = backend.rounds_activations and not exact
     context = Context(
         algorithm=quantization.algorithm, group_size=quantization.group_size,
         quantize_lm_head=quantization.quantize_lm_head, scale_dtype=model.dtype, tp_size=config.tp_size, rank=rank,
         num_kv_heads=model.num_kv_heads, activation_group=Context.activation_group if rounds else 0)
-    kv_dtype = "int8" if quantization.kv_cache == "INT8" else model.dtype
+    kv_dtype = {"INT8": "int8", "FP8": "float8_e4m3"}.get(quantization.kv_cache or "", model.dtype)
     return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context,
                       backend.passes)
 
@@ -133,14 +133,13 @@ def _source(job: _Job, program: Program) -> WeightSource:
     if job.dummy_weights:
         return DummySource()
     checkpoint = Checkpoint(job.checkpoint_dir)
-    first = program_of(job.config, job.tokens_per_block, architecture=job.target.architecture)
+    first = program_of(job.config, job.tokens_per_block, target=job.target)
     check_names(checkpoint, job.rank, program, first)
     return CheckpointSource(checkpoint, job.rank)
 
 
 def _program(job: _Job) -> Program:
-    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact,
-                      architecture=job.target.architecture)
+    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact, target=job.target)
 
 
 def _run_quietly(job: _Job) -> int:
@@ -169,7 +168,6 @@ def _dry_run(options: BuildOptions, config: CheckpointConfig, target: Target, li
     from tensorwright.builder.plan import choose
 
     for rank in range(config.tp_size):
-        program = program_of(config, options.tokens_per_block, rank, exact=options.exact,
-                             architecture=target.architecture)
+        program = program_of(config, options.tokens_per_block, rank, exact=options.exact, target=target)
         choose(program, target, backend_of(target.architecture).kernels)
     return BuildReport(limits=limits, notes=tuple(notes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 
 from tensorwright.kernels.cpu.layouts import DTYPES
@@ -16,7 +17,8 @@ from tensorwright.kernels.interface import Array, Tensor
 from tensorwright.program.program import Weight
 
 TILE = 1 << 22  # random numbers; larger tensors repeat them
-CODE_STD = {"int4": ((15**2 - 1) / 12) ** 0.5, "int8": ((255**2 - 1) / 12) ** 0.5}  # of uniform codes −7..7, −127..127
+CODE_STD = {"int4": ((15**2 - 1) / 12) ** 0.5, "int8": ((255**2 - 1) / 12) ** 0.5,  # of uniform codes −7..7, −127..127
+            "float8_e4m3": 100.0}  # of normal ones, as far from 448 as a row's largest
 
 
 class DummySource:
@@ -25,9 +27,10 @@ class DummySource:
     def __init__(self, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         nibbles = random.integers(1, 16, (2, TILE), np.uint8)
+        normal = random.standard_normal(TILE, np.float32)
         self._tiles: dict[str, Array] = {
-            "int4": nibbles[0] | nibbles[1] << 4, "int8": random.integers(-127, 128, TILE, np.int8),
-            "": random.standard_normal(TILE, np.float32)}
+            "int4": nibbles[0] | nibbles[1] << 4, "int8": random.integers(-127, 128, TILE, np.int8), "": normal,
+            "float8_e4m3": np.clip(normal * np.float32(100), -448, 448).astype(ml_dtypes.float8_e4m3fn)}
 
     def alike(self, weight: Weight) -> Hashable:
         """Weights of one value have the same numbers."""

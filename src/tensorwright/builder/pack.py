@@ -109,6 +109,8 @@ def _stored_form(weight: Weight) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The shape of a row in the checkpoint and the dtypes it may have; norms and biases are widened to float32."""
     if weight.dtype == "int4":
         return (weight.shape[1] // 2,), ("uint8",)
+    if weight.dtype == "float8_e4m3":
+        return weight.shape[1:], ("float8_e4m3fn",)
     return weight.shape[1:], ("float32", "float16", "bfloat16") if weight.dtype == "float32" else (weight.dtype,)
 
 

@@ -84,10 +84,18 @@ def candidates(program: Program, target: Target, kernels: Sequence[Kernel]) -> t
         if kernel is None:
             dtypes = sorted({program.weights[name].dtype for name in op.weights.values()})
             held = f" with weights of {' and '.join(dtypes)}" if dtypes else ""
-            mend = "for GPUs: tensorwright convert --dtype float16, or bfloat16" if "float32" in dtypes else None
-            raise BuildError(f"no kernel of target {target.name} can run {op.name} [{op.kind}]{held}", mend=mend)
+            caches = [b.dtype for b in map(program.buffers.__getitem__, op.inputs) if b.kind == "cache"]
+            raise BuildError(f"no kernel of target {target.name} can run {op.name} [{op.kind}]{held}",
+                             mend=_mend({*dtypes, *caches}))
         found.append(Candidates(op, kernel, kernel.tactics(op, program, target), _signature(op, program, kernel)))
     return tuple(found)
+
+
+def _mend(dtypes: set[str]) -> str | None:
+    """By the dtypes of an op that no kernel runs."""
+    if "float8_e4m3" in dtypes:
+        return "float8 needs a GPU: --target sm_90 for one; for CPUs convert with --use_weight_only, --int8_kv_cache"
+    return "for GPUs: tensorwright convert --dtype float16, or bfloat16" if "float32" in dtypes else None
 
 
 def can_be_timed(op: Op, program: Program) -> bool:

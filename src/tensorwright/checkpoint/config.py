@@ -1,7 +1,8 @@
 """A checkpoint's config.json: upstream's fields, to and from `CheckpointConfig`. It knows no weights.
 
 Fields that upstream lacks: dense_bias, sliding_window, windowed_layers, end_ids, producer. A quantised lm_head shows in
-`exclude_modules`: upstream's default list without `*lm_head`.
+`exclude_modules`: upstream's default list without `*lm_head`. With FP8_PER_CHANNEL_PER_TOKEN all matrices of the layers
+are float8, attention's too.
 """
 
 from __future__ import annotations
@@ -17,24 +18,23 @@ from tensorwright import __version__
 from tensorwright.errors import CheckpointError
 from tensorwright.models.config import ModelConfig, Rope
 
-Algorithm = Literal["W8A16", "W4A16"]
+Algorithm = Literal["W8A16", "W4A16", "FP8_PER_CHANNEL_PER_TOKEN"]
+KvCache = Literal["INT8", "FP8"]
 GROUP_SIZES = (32, 64, 128, -1)
 _EXCLUDED = ("*router", "*vocab_embedding", "*position_embedding", "*block_embedding")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is quantised, and how. group_size −1: one scale per output channel (always so for W8A16 and lm_head)."""
+    """What is quantised, and how. group_size −1: one scale per output channel (always so but for W4A16's layers).
+
+    A quantised lm_head is float8 where the layers are, else int8. An FP8 cache has the scale 1.
+    """
 
     algorithm: Algorithm | None = None
     group_size: int = -1
-    kv_cache: Literal["INT8"] | None = None
+    kv_cache: KvCache | None = None
     quantize_lm_head: bool = False
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code of the layers' matrices; 0 where they are not quantised."""
-        return {None: 0, "W8A16": 8, "W4A16": 4}[self.algorithm]
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ def _rope(values: Mapping[str, Any]) -> Rope:
 def _quantization(values: Mapping[str, Any]) -> Quantization:
     algorithm, kv_cache = values.get("quant_algo"), values.get("kv_cache_quant_algo")
     group_size = values.get("group_size", -1)
-    if algorithm not in (None, *get_args(Algorithm)) or kv_cache not in (None, "INT8") or group_size not in GROUP_SIZES:
+    if (algorithm not in (None, *get_args(Algorithm)) or kv_cache not in (None, *get_args(KvCache))
+            or group_size not in GROUP_SIZES):
         raise ValueError(f"quant_algo {algorithm}, kv_cache_quant_algo {kv_cache}, group_size {group_size}; expected "
-                         f"{' or '.join(get_args(Algorithm))} or null, INT8 or null, and one of {GROUP_SIZES}")
+                         f"{', '.join(get_args(Algorithm))} or null, {' or '.join(get_args(KvCache))} or null, and one "
+                         f"of {GROUP_SIZES}")
     excluded = values.get("exclude_modules")
     quantized = excluded is not None and not any(fnmatch("lm_head", pattern) for pattern in excluded)
     return Quantization(algorithm, group_size, kv_cache, quantized)

@@ -13,25 +13,29 @@ import numpy as np
 
 from tensorwright.checkpoint.plan import Plan, PlannedWeight
 from tensorwright.checkpoint.tensor_file import Array, TensorFileWriter
+from tensorwright.quantization.scheme import FLOAT8
 
 _TILE = 1 << 22
 _STRIDE = 1_000_003  # a prime: tensors start at different places of the tile
-_CODE_STD = {4: (255 / 12) ** 0.5, 8: ((255 ** 2 - 1) / 12) ** 0.5}  # of uniform codes; int4's mean is −0.5
+_CODE_STD = {"uint8": (255 / 12) ** 0.5, "int8": ((255 ** 2 - 1) / 12) ** 0.5, FLOAT8.name: 1.0}  # int4's mean is −0.5
 
 
 def write_dummy(plan: Plan, writer: TensorFileWriter, seed: int, report: Callable[[int, str], None]) -> None:
     """Fills one rank's file."""
     random = np.random.default_rng(seed)
-    tiles = {8: random.integers(-127, 128, _TILE, np.int8), 4: random.integers(0, 256, _TILE, np.uint8),
-             0: random.standard_normal(_TILE, np.float32).astype(plan.dtype)}
+    normal = random.standard_normal(_TILE, np.float32)
+    plain = normal.astype(plan.dtype)
+    tiles = {"int8": random.integers(-127, 128, _TILE, np.int8), "uint8": random.integers(0, 256, _TILE, np.uint8),
+             FLOAT8.name: normal.astype(FLOAT8)}
     for index, weight in enumerate(plan.weights):
         start = index * _STRIDE % _TILE
         if weight.scheme is not None:
-            report(_fill(writer, weight.spec.name, np.roll(tiles[weight.scheme.bits], -start)), weight.spec.name)
-            scale = weight.shape[1] ** -0.5 / _CODE_STD[weight.scheme.bits]
+            codes = weight.scheme.code_dtype.name
+            report(_fill(writer, weight.spec.name, np.roll(tiles[codes], -start)), weight.spec.name)
+            scale = weight.shape[1] ** -0.5 / _CODE_STD[codes]
             report(_fill(writer, weight.scale_name, np.full(_TILE, scale, np.float32).astype(plan.dtype)), "")
         else:
-            report(_fill(writer, weight.spec.name, _plain(weight, np.roll(tiles[0], -start), plan.dtype)),
+            report(_fill(writer, weight.spec.name, _plain(weight, np.roll(plain, -start), plan.dtype)),
                    weight.spec.name)
 
 

@@ -39,10 +39,10 @@ class PlannedWeight:
         if self.scheme is None:
             return {self.spec.name: (dtype, self.shape)}
         rows, columns = self.shape
-        codes = np.dtype(np.uint8 if self.scheme.bits == 4 else np.int8)
         groups = self.scheme.num_groups(columns)
         scales = (rows, groups) if self.scheme.group_size != -1 else (rows,)
-        return {self.spec.name: (codes, (rows, self.scheme.code_columns(columns))), self.scale_name: (dtype, scales)}
+        return {self.spec.name: (self.scheme.code_dtype, (rows, self.scheme.code_columns(columns))),
+                self.scale_name: (dtype, scales)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
         return found
 
     def kv_scale_names(self) -> Iterator[str]:
-        """Upstream's scales of an int8 KV cache. Ours are dynamic, so they are written as 1."""
+        """Upstream's scales of a quantised KV cache: 1 for FP8; ours of int8 are dynamic, so they are written as 1."""
         if self.config.quantization.kv_cache:
             for layer in range(self.config.model.num_layers):
                 yield f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
@@ -84,11 +84,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def make_plan(config: CheckpointConfig) -> Plan:
-    """Every weight of the model with its scheme: matrices of layers as the algorithm says, lm_head int8 when asked."""
+    """Every weight of the model with its scheme: matrices of layers as the algorithm says, lm_head's if asked."""
     quantization = config.quantization
-    matrices = Scheme(4, quantization.group_size) if quantization.algorithm == "W4A16" else (
-        Scheme(8) if quantization.algorithm == "W8A16" else None)
-    head = Scheme(8) if quantization.quantize_lm_head else None
+    is_float = quantization.algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
+    whole = Scheme(8, is_float=is_float)
+    matrices = {None: None, "W4A16": Scheme(4, quantization.group_size)}.get(quantization.algorithm, whole)
+    head = whole if quantization.quantize_lm_head else None
     return Plan(config, tuple(
         PlannedWeight(spec, shard_shape(spec, config),
                       matrices if spec.quantizable else head if spec.kind == "lm_head" else None)

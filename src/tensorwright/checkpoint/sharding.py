@@ -89,7 +89,7 @@ def _inputs(config: CheckpointConfig) -> dict[str, int]:
 
 
 def _check_even(config: CheckpointConfig) -> None:
-    if config.quantization.bits != 4:
+    if config.quantization.algorithm != "W4A16":
         return
     odd = [f"{name} has {count}" for name, count in _inputs(config).items() if count % 2]
     if odd:

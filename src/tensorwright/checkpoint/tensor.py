@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Tensor(NamedTuple):
-    """Unquantised: values as stored, scales None. int8: values int8 [out, in] and scales [out, in/group].
+    """Unquantised: values as stored, scales None. int8 and float8_e4m3: values [out, in] and scales [out, in/group].
 
     int4: values uint8 [out, in/2], low nibble = even input, code = nibble − 8, and the same scales. One scale per
     output channel has shape [out, 1].

@@ -26,9 +26,9 @@ Array = NDArray[Any]
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
+    "F64": np.dtype(np.float64), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_ITEM_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8,
+_ITEM_BYTES = {"BOOL": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8,
                **{name: dtype.itemsize for name, dtype in DTYPES.items()}}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 

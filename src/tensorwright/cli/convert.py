@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tensorwright.quantization.scheme import Caster, Quantizer
 
 _PRECISIONS = {"int8": "W8A16", "int4": "W4A16"}
-_SUPPORTED = "supported are plain 16 and 32 bit, and --use_weight_only with --weight_only_precision int8 or int4"
+_FP8 = "FP8_PER_CHANNEL_PER_TOKEN"
+_SUPPORTED = ("supported are plain 16 and 32 bit, --use_weight_only with --weight_only_precision int8 or int4, and "
+              "--use_fp8_rowwise")
 _SHAPE_FLAGS = {  # flag: (type, default, config.json's field), for a model given by its shape alone
     "n_layer": (int, 32, "num_hidden_layers"), "n_head": (int, 32, "num_attention_heads"),
     "n_kv_head": (int, None, "num_key_value_heads"), "n_embd": (int, 4096, "hidden_size"),
@@ -43,8 +45,15 @@ def configure(parser: Parser) -> None:
                         help="with --use_weight_only (default: int8)")
     parser.add_argument("--group_size", type=int, choices=(32, 64, 128, -1),
                         help="inputs per int4 scale; -1 is one scale per output channel (default: 128)")
-    parser.add_argument("--quantize_lm_head", action="store_true", help="lm_head in int8 too, with --use_weight_only")
+    parser.add_argument("--use_fp8_rowwise", action="store_true",
+                        help="float8 for the layers' matrices, one scale per channel, and for activations, one per "
+                             "token (GPUs)")
+    parser.add_argument("--use_fp8", action="store_true", help="the same as --use_fp8_rowwise, which is more accurate")
+    parser.add_argument("--quantize_lm_head", action="store_true",
+                        help="lm_head too: int8 with --use_weight_only, float8 with --use_fp8_rowwise")
     parser.add_argument("--int8_kv_cache", action="store_true", help="keep keys and values as int8 while running")
+    parser.add_argument("--fp8_kv_cache", action="store_true",
+                        help="keep keys and values as float8 while running, unscaled (GPUs)")
     parser.add_argument("--dummy_weights", action="store_true",
                         help="random weights from config.json alone, for sizing and benchmarks")
     parser.add_argument("--seed", type=int, default=0, help="of --dummy_weights")
@@ -64,7 +73,8 @@ def _add_upstream(parser: Parser) -> None:
         parser.add_without_effect(flag, reason="weights are always streamed from the files, block by block")
     parser.add_without_effect("--workers", nargs=1, reason="one process uses all processors, rank after rank")
     for flag in ("--calib_dataset", "--calib_size", "--calib_max_seq_length"):
-        parser.add_without_effect(flag, nargs=1, reason="nothing here is calibrated; int8 KV scales are dynamic")
+        parser.add_without_effect(flag, nargs=1, reason="nothing here is calibrated; int8 KV scales are dynamic, fp8's "
+                                  "is 1")
     parser.add_without_effect("--use_parallel_embedding", reason="every rank keeps the whole embedding table")
     parser.add_without_effect("--embedding_sharding_dim", nargs=1, reason="every rank keeps the whole embedding table")
     parser.add_without_effect("--use_embedding_sharing", reason="tied embeddings are seen in config.json")
@@ -79,8 +89,7 @@ def _add_upstream(parser: Parser) -> None:
     parser.add_refused("--meta_ckpt_dir", reason="Meta's own files are not read; give the Hugging Face upload")
     parser.add_refused("--remove_duplicated_kv_heads", reason="give an upload without repeated heads")
     parser.add_refused("--quant_ckpt_path", reason=f"quantised checkpoints are not read; {_SUPPORTED}")
-    parser.add_refused("--smoothquant", "-sq", "--use_fp8", "--use_fp8_rowwise", "--use_meta_fp8_rowwise_recipe",
-                       "--use_qserve", "--fp8_kv_cache", reason=f"{_SUPPORTED}, and --int8_kv_cache")
+    parser.add_refused("--smoothquant", "-sq", "--use_meta_fp8_rowwise_recipe", "--use_qserve", reason=_SUPPORTED)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -115,16 +124,30 @@ def make_options(arguments: argparse.Namespace) -> ConvertOptions:
     if precision not in _PRECISIONS:
         raise UsageError(f"--weight_only_precision {precision} is not supported; {_SUPPORTED}",
                          mend="--use_weight_only --weight_only_precision int4")
-    algorithm: Any = _PRECISIONS[precision] if arguments.use_weight_only else None
-    if arguments.weight_only_precision and algorithm is None:
+    algorithm: Any = _algorithm(arguments, _PRECISIONS[precision])
+    if arguments.weight_only_precision and not arguments.use_weight_only:
         note("--weight_only_precision has no effect without --use_weight_only: the weights are not quantised")
     if arguments.group_size is not None and algorithm != "W4A16":
         note("--group_size has no effect here: only int4 weights have groups")
     if arguments.quantize_lm_head and algorithm is None:
         raise UsageError("--quantize_lm_head quantises nothing alone", mend="--use_weight_only --quantize_lm_head")
-    quantization = Quantization(algorithm, arguments.group_size or 128, "INT8" if arguments.int8_kv_cache else None,
-                                arguments.quantize_lm_head)
+    if arguments.int8_kv_cache and arguments.fp8_kv_cache:
+        note("--int8_kv_cache has no effect beside --fp8_kv_cache")
+    kv_cache: Any = "FP8" if arguments.fp8_kv_cache else "INT8" if arguments.int8_kv_cache else None
+    quantization = Quantization(algorithm, arguments.group_size or 128, kv_cache, arguments.quantize_lm_head)
     return ConvertOptions(arguments.dtype, quantization, arguments.tp_size, arguments.dummy_weights, arguments.seed)
+
+
+def _algorithm(arguments: argparse.Namespace, weight_only: str) -> str | None:
+    """Upstream's order: the first that applies."""
+    fp8 = [flag for flag in ("use_fp8", "use_fp8_rowwise") if getattr(arguments, flag)]
+    if arguments.use_weight_only:
+        if fp8:
+            note(f"--{fp8[0]} has no effect beside --use_weight_only")
+        return weight_only
+    if fp8 == ["use_fp8"]:
+        note("--use_fp8 is done as --use_fp8_rowwise: a scale per channel costs no time and is more exact")
+    return _FP8 if fp8 else None
 
 
 def shape_config(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -271,7 +271,8 @@ def _activations(program: Program, architecture: str) -> str:
     quantised weights, unless built with --exact.
     """
     if architecture == "cuda":
-        return "float32, 16-bit in products"
+        rows = max((op.attributes.get("float8_rows", 0) for op in program.ops), default=0)
+        return "float32, 16-bit in products" + (f", float8 in those of {rows} rows or more" if rows else "")
     linears = [op for op in program.ops if op.kind == "linear"]
     rounded = sum(op.attributes.get("activation_group", 0) > 0 for op in linears)
     if rounded:

@@ -12,7 +12,6 @@ DTYPES = ("auto", "float16", "float32", "bfloat16", "int32", "fp8", "nvfp4", "di
 ANY = ()
 
 _OWN_KERNELS = "kernels are chosen from the checkpoint's dtypes"
-_NO_FP8 = "FP8 kernels need a GPU, and FP8 checkpoints are not made here"
 _ALWAYS_FUSED = "attention is always fused and accumulates in float32"
 _IN_CHECKPOINT = "it is decided when converting, and read from the checkpoint"
 _DECODER_ONLY = "only decoder-only language models are built"
@@ -26,7 +25,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
       "--rmsnorm_quantization_plugin", "--lookup_plugin"), DTYPES, _OWN_KERNELS),
     (("--quantize_per_token_plugin", "--quantize_tensor_plugin"), SWITCH, _OWN_KERNELS),
     (("--gemm_swiglu_plugin", "--low_latency_gemm_plugin", "--low_latency_gemm_swiglu_plugin",
-      "--fp8_rowwise_gemm_plugin", "--gemm_allreduce_plugin"), DTYPES, _NO_FP8),
+      "--fp8_rowwise_gemm_plugin", "--gemm_allreduce_plugin"), DTYPES, _OWN_KERNELS),
     (("--nccl_plugin",), DTYPES, "ranks on CPUs talk over shared memory or MPI"),
     (("--use_fused_mlp",), SWITCH, "gate and up projections are always joined"),
     (("--enable_xqa", "--attention_qk_half_accumulation", "--bert_context_fmha_fp32_acc",

@@ -138,7 +138,7 @@ class Engine:
     @cached_property
     def kv_bytes_per_token(self) -> int:
         """Bytes of all layers' caches for one token, scales included."""
-        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3": 1}
         total = 0
         for buffer in self.program.buffers.values():
             if buffer.kind == "cache":

@@ -32,7 +32,8 @@ class Tensor:
     """A weight's numbers in the checkpoint's neutral layout.
 
     Unquantised: values as stored (float32, float16 or ml_dtypes.bfloat16). int8: values int8 [out, in] and scales
-    [out, in/group]. int4: values uint8 [out, in/2], low nibble = even input, code = nibble − 8, and the same scales.
+    [out, in/group]. float8_e4m3: values ml_dtypes.float8_e4m3fn [out, in], scales [out, 1]. int4: values uint8
+    [out, in/2], low nibble = even input, code = nibble − 8, and scales as for int8.
     """
 
     values: Array

@@ -43,7 +43,8 @@ class _Writer:
         if bias:
             bias_part = Part(f"{tensor}.bias", start, shape[0])
             weights["bias"] = self.weight(f"{name}.bias", (shape[0],), "float32", bias_part)
-        return self.op(name, "linear", (x,), shape[0], weights, rows, activation_group=0, norm_epsilon=0.0, gate="")
+        return self.op(name, "linear", (x,), shape[0], weights, rows, activation_group=0, float8_rows=0,
+                       norm_epsilon=0.0, gate="")
 
     def norm(self, name: str, x: str, tensor: str, columns: int, head_size: int = 0) -> str:
         weight = self.weight(tensor, (head_size or columns,), "float32")
@@ -52,7 +53,7 @@ class _Writer:
 
 
 def build_program(config: ModelConfig, *, kv_dtype: str, tokens_per_block: int) -> Program:
-    """The whole model as one program. kv_dtype is float32, float16, bfloat16 or int8; blocks hold that many tokens."""
+    """The whole model as one program. kv_dtype: of the cache (`verify.py`); blocks hold that many tokens."""
     writer = _Writer(config)
     _add_inputs(writer)
     frequencies = inverse_frequencies(config.rope, config.head_size)

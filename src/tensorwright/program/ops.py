@@ -9,7 +9,8 @@ query_starts[s] .. + query_lengths[s] − 1, and these are its last query_length
 The slot of a token is block · block_size + offset, in every layer's cache.
 
 Caches, per layer: `layers.N.kv` [blocks, 2, kv_heads, block_size, head_size] (keys, then values), and for int8
-`layers.N.kv_scales` [blocks, 2, kv_heads, block_size] float32: one scale per token and head, max|x| / 127.
+`layers.N.kv_scales` [blocks, 2, kv_heads, block_size] float32: one scale per token and head, max|x| / 127. A cache of
+float8_e4m3 holds the numbers themselves, cut off at ±448.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ OPS: dict[str, OpSpec] = {
     "rms_norm": OpSpec(("x",), ("y",), ("weight",), ("epsilon", "head_size"),
                        "y = x / sqrt(mean(x²) + epsilon) · weight, over the row, or over each head of head_size > 0"),
     "linear": OpSpec(("x", "residual?"), ("y",), ("weight", "bias?", "norm?"),
-                     ("activation_group", "norm_epsilon", "gate"),
+                     ("activation_group", "float8_rows", "norm_epsilon", "gate"),
                      "x' = rms_norm(x) if norm; x' = f(x[:, :K]) · x[:, K:] if gate names f; "
                      "activation_group g > 0: x' is rounded to int8 per token and g inputs (scale max|x'| / 127); "
-                     "y = x' · weightᵀ + bias + residual; weight [N, K]"),
+                     "float8_rows n > 0: where there are n rows or more, x' is rounded to float8_e4m3 per row (scale "
+                     "max|x'| / 448); y = x' · weightᵀ + bias + residual; weight [N, K]"),
     "rope": OpSpec(("x", "positions"), ("y",), ("inverse_frequencies",), ("head_size", "attention_factor"),
                    "each head: the first 2F numbers turned in pairs (i, i + F) by positions · inverse_frequencies[i]; "
                    "cos and sin are multiplied by attention_factor; F = len(inverse_frequencies)"),
@@ -64,6 +66,6 @@ OPS: dict[str, OpSpec] = {
                          "split qkv; norm each head of q and k if given; rope both; cache_write k and v; give q"),
 }
 
-ATTRIBUTE_DEFAULTS: dict[str, object] = {"activation_group": 0, "norm_epsilon": 0.0, "gate": "", "head_size": 0,
-                                         "attention_factor": 1.0, "window": 0, "activation_bits": 0}
+ATTRIBUTE_DEFAULTS: dict[str, object] = {"activation_group": 0, "float8_rows": 0, "norm_epsilon": 0.0, "gate": "",
+                                         "head_size": 0, "attention_factor": 1.0, "window": 0, "activation_bits": 0}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

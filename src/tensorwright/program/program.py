@@ -40,8 +40,8 @@ class Part:
 class Weight:
     """A parameter of the program: shape as used ([out, in] for a linear), and how its numbers are held.
 
-    dtype is float32, float16 or bfloat16, or int8 / int4 with one scale (of `scale_dtype`) per `group_size`
-    inputs of each output row; group_size −1 is one scale per row. `parts` are joined along the rows.
+    dtype is float32, float16 or bfloat16, or int8, int4 or float8_e4m3 with one scale (of `scale_dtype`) per
+    `group_size` inputs of each output row; group_size −1 is one scale per row. `parts` are joined along the rows.
     `values`: a small constant held in the program itself instead of in the checkpoint.
     """
 
@@ -56,7 +56,7 @@ class Weight:
     @property
     def is_quantized(self) -> bool:
         """Whether it is codes and scales."""
-        return self.dtype in ("int4", "int8")
+        return self.dtype in ("int4", "int8", "float8_e4m3")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The reference executor: runs any program, before or after any pass, in NumPy.
 
 It is the meaning of `ops.OPS` in code: clear, float32, and slow. It knows no kernel and no layout; quantised weights
-come as codes and scales, and are multiplied out. Activations are rounded to int8 where an op's attributes say so.
+come as codes and scales, and are multiplied out. Activations are rounded to 8 bits where an op's attributes say so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from tensorwright.program.ops import OPS
 from tensorwright.program.program import Op, Program
 
 Array = NDArray[Any]
+FLOAT8, LARGEST_FLOAT8 = ml_dtypes.float8_e4m3fn, np.float32(448)
 
 
 class Communicator(NamedTuple):
@@ -49,7 +51,7 @@ def run_op(op: Op, buffers: Mapping[str, Array], weights: Mapping[str, Array],
 
 
 def dequantize(codes: Array, scales: Array, dtype: str) -> Array:
-    """float32 [out, in] of neutral codes: int4 uint8 [out, in/2] (low nibble first, minus 8) or int8 [out, in]."""
+    """float32 [out, in] of neutral codes: int4 uint8 [out, in/2] (low nibble first, minus 8), or [out, in]."""
     if dtype == "int4":
         nibbles = np.stack((codes & 15, codes >> 4), axis=-1).reshape(codes.shape[0], -1)
         codes = nibbles.astype(np.int8) - np.int8(8)
@@ -67,6 +69,18 @@ def round_to_int8(x: Array, group: int) -> Array:
         inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
         out[:, start:start + group] = np.rint(part * inverse) * (largest / np.float32(127))
     return out
+
+
+def to_float8(x: Array) -> Array:
+    """float8_e4m3 of float32: ties to even, and what is larger becomes ±448."""
+    return np.asarray(np.clip(x, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(FLOAT8))
+
+
+def round_to_float8(x: Array) -> Array:
+    """float32 [rows, K] after rounding each row to float8_e4m3 and back, with the scale max|x| / 448."""
+    largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
+    inverse = np.divide(LARGEST_FLOAT8, largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.asarray(to_float8(x * inverse).astype(np.float32) * (largest / LARGEST_FLOAT8))
 
 
 def activate(x: Array, function: str) -> Array:
@@ -105,7 +119,7 @@ def write_cache(x: Array, slots: Array, kv: Array, scales: Array | None, which: 
         inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
         scales[block, which, :, offset] = largest / np.float32(127)
         x = np.rint(x * inverse[..., None])
-    kv[block, which, :, offset] = x.astype(kv.dtype)
+    kv[block, which, :, offset] = to_float8(x) if kv.dtype == FLOAT8 else x.astype(kv.dtype)
 
 
 def _rms_norm(i: Mapping[str, Array], w: Mapping[str, Array], a: Mapping[str, Any]) -> Array:
@@ -123,6 +137,8 @@ def _linear(i: Mapping[str, Array], w: Mapping[str, Array], a: Mapping[str, Any]
         x = activate(x[:, :half], a["gate"]) * x[:, half:]
     if a["activation_group"] > 0:
         x = round_to_int8(np.asarray(x, dtype=np.float32), a["activation_group"])
+    if 0 < a["float8_rows"] <= x.shape[0]:
+        x = round_to_float8(np.asarray(x, dtype=np.float32))
     y = x @ w["weight"].T
     y = y + w["bias"] if "bias" in w else y
     return np.asarray(y + i["residual"] if "residual" in i else y, dtype=np.float32)

@@ -7,6 +7,7 @@ from tensorwright.program.ops import ACTIVATIONS, OPS
 from tensorwright.program.program import SYMBOLS, Buffer, Op, Program
 
 FLOATS = ("float32", "float16", "bfloat16")
+CODES = ("int8", "float8_e4m3")  # of caches
 
 
 def verify(program: Program, after: str = "") -> Program:
@@ -28,6 +29,9 @@ def verify(program: Program, after: str = "") -> Program:
         if weight.is_quantized != bool(weight.group_size) or (weight.is_quantized and weight.scale_dtype not in FLOATS):
             raise ProgramError(f"weight {weight.name}{where}: {weight.dtype} with group size {weight.group_size} "
                                f"and scales of '{weight.scale_dtype}'")
+        if weight.dtype == "float8_e4m3" and weight.group_size != -1:
+            raise ProgramError(f"weight {weight.name}{where}: float8_e4m3 has one scale per row, not per group of "
+                               f"{weight.group_size}")
         rows = sum(part.count for part in weight.parts)
         if weight.parts and rows != weight.shape[0]:
             raise ProgramError(f"weight {weight.name}{where}: parts hold {rows} rows, its shape says {weight.shape[0]}")
@@ -36,7 +40,10 @@ def verify(program: Program, after: str = "") -> Program:
 
 def _buffer(buffer: Buffer) -> str:
     unknown = [dim for dim in buffer.shape if isinstance(dim, str) and dim not in SYMBOLS]
-    return f"unknown symbol {unknown[0]}" if unknown else ""
+    if unknown:
+        return f"unknown symbol {unknown[0]}"
+    known = (*FLOATS, *CODES) if buffer.kind == "cache" else (*FLOATS, "int32")
+    return "" if buffer.dtype in known else f"dtype {buffer.dtype}; expected {', '.join(known)}"
 
 
 def _operands(op: Op, program: Program) -> str:
@@ -89,6 +96,8 @@ def _shapes(op: Op, program: Program) -> str:
             return f"x has {columns[0]} columns and y {columns[-1]}; weight [{out}, {width}] gate '{a['gate']}'"
         if a["gate"] and a["gate"] not in ACTIVATIONS:
             return f"unknown gate '{a['gate']}'"
+        if a["float8_rows"] and (a["activation_group"] or program.weights[op.weights["weight"]].dtype != "float8_e4m3"):
+            return "float8_rows is for float8_e4m3 weights, and activations are rounded once"
         if (a["norm_epsilon"] > 0) != ("norm" in op.weights):
             return "norm_epsilon and the norm weight go together"
         return "" if len(set(rows)) == 1 else f"rows differ: {rows}"

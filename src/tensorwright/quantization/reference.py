@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tensorwright.quantization.scheme import Array, Quantized, Scheme, pack_int4
+from tensorwright.quantization.scheme import FLOAT8, Array, Quantized, Scheme, pack_int4
 
 CANDIDATES = np.arange(34, 50, dtype=np.float32) / np.float32(5)
 """Where the search puts a group's extreme number on the scale of codes: 6.8 … 9.8, of which 8 is the last not cut off.
@@ -31,7 +31,7 @@ def quantize(weight: Array, scheme: Scheme, scale_dtype: np.dtype[Any]) -> Quant
     """A matrix [out, in] to the neutral layout. Raises ValueError where `in` is not a multiple of the group size."""
     rows, columns = weight.shape
     groups = scheme.num_groups(columns)
-    codes = np.empty((rows, columns), np.int8)
+    codes = np.empty((rows, columns), FLOAT8 if scheme.is_float else np.int8)
     scales = np.empty((rows, groups), scale_dtype)
     error = norm = 0.0
     step = max(1, _BLOCK_ELEMENTS // columns)
@@ -41,7 +41,7 @@ def quantize(weight: Array, scheme: Scheme, scale_dtype: np.dtype[Any]) -> Quant
             return Quantized(codes, scales, 0.0, 0.0, False)
         grouped = block.reshape(-1, columns // groups)
         chosen, scale = _search(grouped, scale_dtype) if scheme.group_size != -1 and scheme.bits == 4 else _round(
-            grouped, scheme.bits, scale_dtype)
+            grouped, scheme, scale_dtype)
         codes[start:start + step] = chosen.reshape(block.shape)
         scales[start:start + step] = scale.reshape(-1, groups)
         if np.isfinite(scale).all():  # else the caller refuses the matrix
@@ -79,12 +79,16 @@ def _codes(groups: Array, inverse: Array, lowest: int, highest: int) -> Array:
     return np.asarray(np.rint(np.clip(groups * inverse[:, None], np.float32(lowest), np.float32(highest))))
 
 
-def _round(groups: Array, bits: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Round to nearest with the largest magnitude over 127 (int8) or 8 (int4: upstream's rule)."""
+def _round(groups: Array, scheme: Scheme, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Round to nearest with the largest magnitude over 448 (float8), 127 (int8) or 8 (int4: upstream's rule)."""
     largest = np.abs(groups).max(axis=1)
     largest[largest < SMALLEST] = 0
-    stored, inverse = _stored(largest / np.float32(127 if bits == 8 else 8), dtype)
-    return _codes(groups, inverse, *((-127, 127) if bits == 8 else (-8, 7))), stored
+    most = 448 if scheme.is_float else 127 if scheme.bits == 8 else 8
+    stored, inverse = _stored(largest / np.float32(most), dtype)
+    if scheme.is_float:
+        cut = np.clip(groups * inverse[:, None], np.float32(-most), np.float32(most))
+        return np.asarray(cut.astype(FLOAT8).astype(np.float32)), stored
+    return _codes(groups, inverse, *((-127, 127) if scheme.bits == 8 else (-8, 7))), stored
 
 
 def _extreme(groups: Array) -> Array:

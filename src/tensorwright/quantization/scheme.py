@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+"""4 bits of exponent, 3 of mantissa, no infinities, up to 448 (Micikevicius et al., 2022)."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,17 @@ class Scheme:
     """Symmetric codes of 4 or 8 bits, one scale per `group_size` inputs of an output row, or per row (−1).
 
     Groups of int4 get their scale from a search; one scale per row is the row's largest magnitude over 8 (int4, as
-    upstream does) or 127 (int8).
+    upstream does), 127 (int8) or 448 (`is_float`: codes of 8 bits are float8_e4m3 numbers).
     """
 
     bits: Literal[4, 8]
     group_size: int = -1
+    is_float: bool = False
+
+    @property
+    def code_dtype(self) -> np.dtype[Any]:
+        """Of stored codes."""
+        return FLOAT8 if self.is_float else np.dtype(np.uint8 if self.bits == 4 else np.int8)
 
     def num_groups(self, columns: int) -> int:
         """Scales per row. Raises ValueError where the columns do not divide."""
@@ -36,7 +45,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in the neutral layout: uint8 [out, in/2] or int8 [out, in], scales [out, groups] in the scale dtype.
+    """A matrix in the neutral layout: uint8 [out, in/2], or int8 or float8_e4m3 [out, in]; scales [out, groups].
 
     `squared_error` and `squared_norm` are sums over the matrix, of its distance to the quantised one and of itself.
     `is_finite` is False when the source held NaN or infinity; the rest has no meaning then.

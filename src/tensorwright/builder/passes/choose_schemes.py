@@ -2,7 +2,7 @@
 
 Where linears round their activations to int8, attention may round its own to 16 bits: a twentieth of that error.
 
-Embedding and lm_head stay as they are unless the checkpoint's lm_head was quantised: then it is int8 per channel.
+Embedding and lm_head stay as they are unless the checkpoint's lm_head was quantised: then it has one scale per channel.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from dataclasses import replace
 from tensorwright.builder.passes.context import Context
 from tensorwright.program.program import Op, Program, Weight
 
+FLOAT8 = "float8_e4m3"
+
 
 def run(program: Program, context: Context) -> Program:
-    """Linears of layers get int4 or int8 weights; where a weight is quantised its activations are rounded too."""
+    """Linears of layers get quantised weights; where a weight is quantised its activations may be rounded too."""
     weights = dict(program.weights)
     ops: list[Op] = []
     for op in program.ops:
         if op.kind == "linear":
             name = op.weights["weight"]
             weights[name] = _scheme(weights[name], op.name == "lm_head", context)
-            if weights[name].is_quantized:
+            if weights[name].dtype == FLOAT8:
+                op = replace(op, attributes={**op.attributes, "float8_rows": context.float8_rows})
+            elif weights[name].is_quantized:
                 group = weights[name].group_size
                 rounded = {"activation_group": min(group, context.activation_group) if group > 0
                            else context.activation_group}
@@ -34,16 +38,11 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _scheme(weight: Weight, is_lm_head: bool, context: Context) -> Weight:
-    if is_lm_head:
-        dtype, group = ("int8", -1) if context.quantize_lm_head else (weight.dtype, 0)
-    elif context.algorithm == "W4A16":
+    if not context.quantize_lm_head if is_lm_head else context.algorithm is None:
+        return weight
+    dtype, group = FLOAT8 if context.algorithm == "FP8_PER_CHANNEL_PER_TOKEN" else "int8", -1
+    if context.algorithm == "W4A16" and not is_lm_head:
         dtype, group = "int4", context.group_size
-    elif context.algorithm == "W8A16":
-        dtype, group = "int8", -1
-    else:
-        return weight
-    if not group:
-        return weight
     parts = weight.parts
     if is_lm_head:  # a quantised lm_head is a tensor of its own even where the embeddings are tied
         parts = tuple(replace(part, name="lm_head") for part in parts)

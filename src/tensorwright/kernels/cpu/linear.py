@@ -30,7 +30,7 @@ class Linear:
     name = "linear"
 
     def supports(self, op: Op, program: Program, target: Target) -> bool:
-        """Every weight type on every target; int8 activations only in the weight's own groups (128 if it has none)."""
+        """Every weight type but float8; int8 activations only in the groups of the weight (128 if it has none)."""
         if op.kind != "linear" or ("norm" in op.weights and _attribute(op, "gate")):
             return False
         weight = _weight(op, program)
@@ -38,6 +38,8 @@ class Linear:
             return False
         if not weight.is_quantized:
             return weight.dtype in NATIVE_TYPES and _group(op) == 0
+        if weight.dtype == "float8_e4m3":
+            return False
         if weight.scale_dtype not in NATIVE_TYPES or weight.group_size not in GROUP_SIZES:
             return False
         own_group = weight.group_size if weight.group_size > 0 else layouts.DEFAULT_GROUP

@@ -5,7 +5,7 @@ It knows no op. Kernels for linears have real layouts and do not derive from thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -94,8 +94,8 @@ def cache_of(op: Op, program: Program) -> Buffer:
     return next(program.buffers[name] for name in op.inputs if len(program.buffers[name].shape) == 5)
 
 
-def supports_cache(op: Op, program: Program) -> bool:
-    """Whether the cache's numbers are known, and have scales exactly when they are int8."""
+def supports_cache(op: Op, program: Program, dtypes: Container[str] = NATIVE_TYPES) -> bool:
+    """Whether the cache's numbers are among the dtypes, and have scales exactly when they are int8."""
     scaled = any(len(program.buffers[n].shape) == 4 and program.buffers[n].kind == "cache" for n in op.inputs)
     dtype = cache_of(op, program).dtype
-    return dtype in NATIVE_TYPES and scaled == (dtype == "int8")
+    return dtype in dtypes and scaled == (dtype == "int8")

@@ -13,9 +13,14 @@ LARGEST_HEAD = 256
 
 
 def _supports(op: Op, program: Program) -> bool:
-    """16-bit and int8 caches; query heads must divide by kv heads."""
-    return (supports_cache(op, program) and cache_of(op, program).dtype in NATIVE_TYPES
+    """16-bit, int8 and float8 caches; query heads must divide by kv heads."""
+    return (supports_cache(op, program, NATIVE_TYPES)
             and op.attributes["num_heads"] % op.attributes["num_kv_heads"] == 0)
+
+
+def _item_bytes(op: Op, program: Program) -> int:
+    """Of a number in the cache."""
+    return 1 if cache_of(op, program).dtype in ("int8", "float8_e4m3") else 2
 
 
 class RopeCache(PlainKernel):
@@ -42,14 +47,14 @@ class RopeCache(PlainKernel):
 
     def cost(self, op: Op, program: Program, num_tokens: int, kv_tokens: int) -> Cost:
         """Reads qkv, writes q and the cache."""
-        a, number = op.attributes, 1 if cache_of(op, program).dtype == "int8" else 2
+        a, number = op.attributes, _item_bytes(op, program)
         heads, kv_heads, size = a["num_heads"], a["num_kv_heads"], a["head_size"]
         return Cost(float(num_tokens * size * (8 * heads + 8 * kv_heads + 2 * kv_heads * number)),
                     6.0 * num_tokens * (heads + kv_heads) * size)
 
 
 class Attention(PlainKernel):
-    """Causal softmax(scale · q·k)·v over 16-bit and int8 caches: products of 16-bit numbers, sums in float32."""
+    """Causal softmax(scale · q·k)·v over caches of 16 and 8 bits: products of 16-bit numbers, sums in float32."""
 
     name = "attention"
 
@@ -63,7 +68,7 @@ class Attention(PlainKernel):
         """tw::attention<type, number, heads, kv_heads, head_size, block_size, window>."""
         a, cache = op.attributes, cache_of(op, program)
         stored = NATIVE_TYPES[cache.dtype]
-        shape = ("tw::half" if cache.dtype == "int8" else stored, stored, a["num_heads"], a["num_kv_heads"],
+        shape = ("tw::half" if _item_bytes(op, program) == 1 else stored, stored, a["num_heads"], a["num_kv_heads"],
                  a["head_size"], cache.shape[3], attribute(op, "window"))
         group = a["num_heads"] // a["num_kv_heads"]
         blocks = Size("max_query_length", per=max(1, ROWS // group), times=-(-group // ROWS))
@@ -76,7 +81,7 @@ class Attention(PlainKernel):
 
     def cost(self, op: Op, program: Program, num_tokens: int, kv_tokens: int) -> Cost:
         """Keys and values of `kv_tokens` positions once; q and y; four operations per position, head and number."""
-        a, number = op.attributes, 1 if cache_of(op, program).dtype == "int8" else 2
-        width = a["num_heads"] * a["head_size"]
-        cached = 2 * kv_tokens * a["num_kv_heads"] * (a["head_size"] * number + (4 if number == 1 else 0))
+        a, number = op.attributes, _item_bytes(op, program)
+        width, scale = a["num_heads"] * a["head_size"], 4 if cache_of(op, program).dtype == "int8" else 0
+        cached = 2 * kv_tokens * a["num_kv_heads"] * (a["head_size"] * number + scale)
         return Cost(float(cached + 8 * num_tokens * width), 4.0 * kv_tokens * width)

@@ -8,7 +8,8 @@ from tensorwright.kernels.interface import Cost, Source, Tactic, Target
 from tensorwright.program.ops import ACTIVATIONS
 from tensorwright.program.program import Op, Program
 
-NATIVE_TYPES = {"float16": "tw::half", "bfloat16": "tw::bfloat16", "int8": "signed char"}
+NATIVE_TYPES = {"float16": "tw::half", "bfloat16": "tw::bfloat16", "int8": "signed char",
+                "float8_e4m3": "tw::float8"}
 
 
 def rowwise(function: str, *arguments: str | float, heads: int = 1) -> GpuSource:

@@ -35,15 +35,16 @@ class Linear:
     name = "linear"
 
     def supports(self, op: Op, program: Program, target: Target) -> bool:
-        """16-bit, int8 and int4 weights with 16-bit scales; activations that are not rounded to int8."""
+        """16-bit, int8, int4 and float8 weights with 16-bit scales; activations that are not rounded to 8 bits."""
         if op.kind != "linear" or ("norm" in op.weights and _attribute(op, "gate")):
             return False
         weight = _weight(op, program)
-        if _attribute(op, "gate") not in ("", *ACTIVATIONS) or _attribute(op, "activation_group"):
+        if _attribute(op, "gate") not in ("", *ACTIVATIONS) or any(
+                _attribute(op, name) for name in ("activation_group", "float8_rows")):
             return False
         if not weight.is_quantized:
             return weight.dtype in units.DTYPES
-        return (weight.dtype in ("int4", "int8") and weight.scale_dtype in units.DTYPES
+        return (weight.dtype in ("int4", *units.BYTES) and weight.scale_dtype in units.DTYPES
                 and weight.group_size in GROUP_SIZES and weight.shape[1] % max(weight.group_size, 1) == 0)
 
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
@@ -239,7 +240,8 @@ def native_weights(weight: Weight) -> str:
     number = NATIVE_TYPES[_dtype_name(weight)]
     if not weight.is_quantized:
         return f"tw::Plain<{number}>"
-    return f"tw::{'Int4' if weight.dtype == 'int4' else 'Int8'}<{number}, {units.Shape(weight).group}>"
+    kind = {"int4": "Int4", "int8": "Int8", "float8_e4m3": "Fp8"}[weight.dtype]
+    return f"tw::{kind}<{number}, {units.Shape(weight).group}>"
 
 
 def _dtype_name(weight: Weight) -> str:

@@ -22,9 +22,11 @@ from tensorwright.kernels.interface import Array, Tensor
 from tensorwright.program.program import Weight
 
 UNIT_ROWS, UNIT_INPUTS, HEAD = 16, 128, 128
-CODE_BYTES = {"int4": 1024, "int8": 2048, "float16": 4096, "bfloat16": 4096}
+CODE_BYTES = {"int4": 1024, "int8": 2048, "float8_e4m3": 2048, "float16": 4096, "bfloat16": 4096}
+BYTES = ("int8", "float8_e4m3")  # dtypes of one byte a code
 DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 IN_ORDER, ROPE, GATED = "units", "units.rope", "units.gated"
+_BIAS = {"int8": 128, "float8_e4m3": 0}  # flips the sign bit: a stored int8 code is the code plus 128
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring inputs each nibble of a word holds, lowest first
 _CHUNK_TILES = 64  # packed at a time, so that a large weight needs little memory beside itself
 
@@ -121,8 +123,8 @@ def unpack(weight: Weight, packed: Array, layout: str) -> Tensor:
     else:
         scales = packed[shape.bytes:].view(np.uint16)[back]
     numbers = np.ascontiguousarray(scales).view(DTYPES[weight.scale_dtype])
-    if weight.dtype == "int8":
-        return Tensor(codes, numbers)
+    if weight.dtype in BYTES:
+        return Tensor(codes.view(ml_dtypes.float8_e4m3fn if weight.dtype == "float8_e4m3" else np.int8), numbers)
     return Tensor(codes[:, 0::2] | codes[:, 1::2] << 4, numbers)
 
 
@@ -132,10 +134,10 @@ def _zero(weight: Weight) -> int:
 
 
 def _codes(weight: Weight, values: Array) -> Array:
-    """One number an input: int4 as 0..15, int8, or the bits of a 16-bit number."""
+    """One number an input: int4 as 0..15, or the bits of what is larger."""
     if weight.dtype == "int4":
         return np.asarray(np.stack((values & 15, values >> 4), axis=-1).reshape(values.shape[0], -1))
-    return values if weight.dtype == "int8" else np.ascontiguousarray(values).view(np.uint16)
+    return np.ascontiguousarray(values).view(np.uint8 if weight.dtype in BYTES else np.uint16)
 
 
 def _padded(numbers: Array, tiles: int, columns: int, zero: int) -> Array:
@@ -151,7 +153,7 @@ def _padded(numbers: Array, tiles: int, columns: int, zero: int) -> Array:
 def _unit_codes(dtype: str, codes: Array) -> Array:
     """Bytes [tiles, units, bytes of codes] from one number an input."""
     rows, inputs = codes.shape
-    if dtype not in ("int4", "int8"):  # moved in pieces of eight numbers
+    if CODE_BYTES[dtype] == 4096:  # moved in pieces of eight numbers
         eights = np.ascontiguousarray(codes).view(np.complex128).reshape(rows // UNIT_ROWS, 2, 8, -1, 4, 4)
         order = np.ascontiguousarray(eights.transpose(0, 3, 4, 1, 2, 5))  # tile, unit, quarter, half, lane
         return order.view(np.uint8).reshape(rows // UNIT_ROWS, inputs // UNIT_INPUTS, -1)
@@ -163,7 +165,7 @@ def _unit_codes(dtype: str, codes: Array) -> Array:
             words |= lanes[..., number].astype(np.uint32) << np.uint32(4 * place)
         pieces = words.reshape(*words.shape[:2], 2, 2, 32, 2).transpose(0, 1, 2, 4, 3, 5)
     else:
-        pieces = lanes.view(np.uint8) ^ np.uint8(128)
+        pieces = lanes ^ np.uint8(_BIAS[dtype])
     return np.ascontiguousarray(pieces).view(np.uint8).reshape(rows // UNIT_ROWS, inputs // UNIT_INPUTS, -1)
 
 
@@ -176,8 +178,8 @@ def _codes_of_units(dtype: str, units: Array) -> Array:
         lanes: Array = np.empty((*words.shape, 8), np.uint8)
         for place, number in enumerate(_NIBBLES):
             lanes[..., number] = words >> np.uint32(4 * place) & np.uint32(15)
-    elif dtype == "int8":
-        lanes = (units ^ np.uint8(128)).view(np.int8).reshape(tiles, count, 4, 32, 2, 8)
+    elif dtype in BYTES:
+        lanes = (units ^ np.uint8(_BIAS[dtype])).reshape(tiles, count, 4, 32, 2, 8)
     else:
         lanes = units.view(np.uint16).reshape(tiles, count, 4, 2, 32, 8).transpose(0, 1, 2, 4, 3, 5)
     cut = lanes.reshape(tiles, count, 4, 8, 4, 2, 8).transpose(0, 5, 3, 1, 2, 4, 6)

@@ -15,6 +15,7 @@ from tensorwright.quantization.scheme import Array, Quantized, Scheme
 SOURCE = Path(__file__).with_name("quantize.cpp")
 """Compile it as a shared library with -O3 and the flags of the machine; no fast math."""
 
+_FLOAT8 = 108  # kFloat8 of the source, in the place of 4 or 8 bits
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 
 
@@ -36,12 +37,13 @@ class NativeQuantizer:
         groups = scheme.num_groups(columns)
         if weight.strides[1] != weight.itemsize:
             weight = np.ascontiguousarray(weight)
-        codes = np.empty((rows, scheme.code_columns(columns)), np.uint8 if scheme.bits == 4 else np.int8)
+        codes = np.empty((rows, scheme.code_columns(columns)), scheme.code_dtype)
         scales = np.empty((rows, groups), scale_dtype)
         sums = np.zeros(2)
         searches = scheme.bits == 4 and scheme.group_size != -1
         failed = self._function(
-            weight.ctypes.data, _DTYPES[weight.dtype], rows, columns, weight.strides[0], scheme.bits, columns // groups,
+            weight.ctypes.data, _DTYPES[weight.dtype], rows, columns, weight.strides[0],
+            _FLOAT8 if scheme.is_float else scheme.bits, columns // groups,
             CANDIDATES.ctypes.data if searches else None, codes.ctypes.data, scales.ctypes.data,
             _DTYPES[np.dtype(scale_dtype)], sums.ctypes.data)
         return Quantized(codes, scales, float(sums[0]), float(sums[1]), not failed)

@@ -34,6 +34,9 @@ typedef double doubles __attribute__((vector_size(4 * kWidth)));
 typedef float quad __attribute__((vector_size(16)));
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum Codes : int32_t { kInt4 = 4, kInt8 = 8, kFloat8 = 108 };
+
+inline float largest_code(int32_t codes) { return codes == kFloat8 ? 448.0f : codes == kInt8 ? 127.0f : 8.0f; }
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -65,6 +68,21 @@ inline uint16_t float_to_half(float value) {
 inline uint16_t float_to_bfloat(float value) {
   uint32_t bits = to_bits(value);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// To the nearest float8_e4m3, ties to even; |value| is at most 448. Subnormals by adding a number whose last bit is
+// worth 2^-9.
+inline uint8_t float_to_float8(float value) {
+  const uint32_t bits = to_bits(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
+  const uint32_t subnormal = to_bits(from_bits(magnitude) + 16384.0f) - 0x46800000;
+  const uint32_t normal = (magnitude + 0x7ffff + (magnitude >> 20 & 1) - 0x3c000000) >> 20;
+  return uint8_t(sign | (magnitude < 0x3c800000 ? subnormal : normal));
+}
+
+// The inverse: the exponent's bias is corrected by a multiplication, which also does the subnormals.
+inline float float8_to_float(uint8_t code) {
+  const float magnitude = from_bits(uint32_t(code & 0x7f) << 20) * 0x1p120f;
+  return from_bits(to_bits(magnitude) | uint32_t(code & 0x80) << 24);
 }
 
 // The bits of a scale in the dtype where it is stored. Negative zeros become positive.
@@ -288,17 +306,20 @@ void search_row(const float* row, int64_t num_groups, const float* candidates, i
   for (int64_t g = 0; g < num_groups; ++g) choose_scale<kSize>(row + g * kSize, dtype, groups[g]);
 }
 
-// Plain rounding's scale: the largest magnitude over 127 or 8, as stored.
-float plain_scale(const float* w, int64_t size, int32_t bits, int32_t dtype) {
+// Plain rounding's scale: the largest magnitude over the largest code, as stored.
+float plain_scale(const float* w, int64_t size, int32_t kind, int32_t dtype) {
   float largest = 0.0f;
   for (int64_t i = 0; i < size; ++i) largest = std::fabs(w[i]) > largest ? std::fabs(w[i]) : largest;
-  return as_stored((largest < kSmallest ? 0.0f : largest) / (bits == 8 ? 127.0f : 8.0f), dtype);
+  return as_stored((largest < kSmallest ? 0.0f : largest) / largest_code(kind), dtype);
 }
 
 // Codes of one group; Σ (w − q·scale)² and Σ w² are added to sums.
-void encode(const float* w, int64_t size, float scale, int32_t bits, float* codes, double* sums) {
-  const float inverse = reciprocal(scale), lowest = bits == 8 ? -127.0f : -8.0f, highest = bits == 8 ? 127.0f : 7.0f;
-  for (int64_t i = 0; i < size; ++i) codes[i] = to_code(w[i] * inverse, lowest, highest);
+void encode(const float* w, int64_t size, float scale, int32_t kind, float* codes, double* sums) {
+  const float inverse = reciprocal(scale), lowest = -largest_code(kind), highest = kind == kInt4 ? 7.0f : -lowest;
+  if (kind == kFloat8)
+    for (int64_t i = 0; i < size; ++i) codes[i] = float8_to_float(float_to_float8(clip(w[i] * inverse, lowest, highest)));
+  else
+    for (int64_t i = 0; i < size; ++i) codes[i] = to_code(w[i] * inverse, lowest, highest);
   doubles errors = {}, norms = {};
   const int64_t whole = size / (kWidth / 2) * (kWidth / 2);
   for (int64_t i = 0; i < whole; i += kWidth / 2) {
@@ -316,8 +337,10 @@ void encode(const float* w, int64_t size, float scale, int32_t bits, float* code
   }
 }
 
-void pack_row(const float* codes, int64_t columns, int32_t bits, uint8_t* out) {
-  if (bits == 8) {
+void pack_row(const float* codes, int64_t columns, int32_t kind, uint8_t* out) {
+  if (kind == kFloat8) {
+    for (int64_t i = 0; i < columns; ++i) out[i] = float_to_float8(codes[i]);
+  } else if (kind == kInt8) {
     for (int64_t i = 0; i < columns; ++i) out[i] = uint8_t(int8_t(codes[i]));
   } else {
     for (int64_t i = 0; i < columns / 2; ++i)
@@ -328,10 +351,10 @@ void pack_row(const float* codes, int64_t columns, int32_t bits, uint8_t* out) {
 }  // namespace
 
 // weights [rows, columns] of `dtype`, rows `row_bytes` apart; columns / group_size scales per row, of scale_dtype;
-// codes [rows, columns · bits / 8]. With `candidates` [16] scales are searched, and group_size is 32, 64 or 128; without,
+// codes [rows, columns] of a byte, or [rows, columns / 2] of kInt4. With `candidates` [16] scales are searched, and group_size is 32, 64 or 128; without,
 // it is `columns`. sums [2] get Σ (w − q·scale)² and Σ w². Gives 1 as soon as a row holds NaN or infinity, else 0.
 extern "C" __attribute__((visibility("default"))) int32_t tw_quantize(
-    const void* weights, int32_t dtype, int64_t rows, int64_t columns, int64_t row_bytes, int32_t bits,
+    const void* weights, int32_t dtype, int64_t rows, int64_t columns, int64_t row_bytes, int32_t kind,
     int64_t group_size, const float* candidates, uint8_t* codes, void* scales, int32_t scale_dtype, double* sums) {
   const int64_t num_groups = columns / group_size;
   std::vector<float> buffer(size_t(2 * columns));
@@ -340,7 +363,7 @@ extern "C" __attribute__((visibility("default"))) int32_t tw_quantize(
   for (int64_t r = 0; r < rows; ++r) {
     if (!load_row(static_cast<const char*>(weights) + r * row_bytes, dtype, columns, row)) return 1;
     if (!candidates)
-      groups[0].scale = plain_scale(row, columns, bits, scale_dtype);
+      groups[0].scale = plain_scale(row, columns, kind, scale_dtype);
     else if (group_size == 32)
       search_row<32>(row, num_groups, candidates, scale_dtype, groups.data());
     else if (group_size == 64)
@@ -348,10 +371,10 @@ extern "C" __attribute__((visibility("default"))) int32_t tw_quantize(
     else
       search_row<128>(row, num_groups, candidates, scale_dtype, groups.data());
     for (int64_t g = 0; g < num_groups; ++g) {
-      encode(row + g * group_size, group_size, groups[size_t(g)].scale, bits, row_codes + g * group_size, sums);
+      encode(row + g * group_size, group_size, groups[size_t(g)].scale, kind, row_codes + g * group_size, sums);
       store_scale(scales, r * num_groups + g, scale_dtype, groups[size_t(g)].scale);
     }
-    pack_row(row_codes, columns, bits, codes + r * (columns * bits / 8));
+    pack_row(row_codes, columns, kind, codes + r * (kind == kInt4 ? columns / 2 : columns));
   }
   return 0;
 }

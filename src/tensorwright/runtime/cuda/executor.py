@@ -25,6 +25,9 @@ from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
 from tensorwright.runtime.cuda.plan import Plan
 from tensorwright.runtime.cuda.sampling import choose, is_greedy
 
+NOT_IN_NUMPY: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16,
+                                        torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}
+
 
 class CudaExecutor:
     """`runtime.batch.Executor` over an engine's cubins."""
@@ -133,8 +136,8 @@ class CudaExecutor:
         cache = self._caches.tensors.get(name)
         if cache is None:
             return np.asarray(self._activations.buffer(name, int(self.program.buffers[name].shape[1])).cpu().numpy())
-        if cache.dtype == torch.bfloat16:  # which NumPy does not know by itself
-            return np.asarray(cache.view(torch.int16).cpu().numpy()).view(ml_dtypes.bfloat16)
+        if cache.dtype in NOT_IN_NUMPY:
+            return np.asarray(cache.view(torch.uint8).cpu().numpy()).view(NOT_IN_NUMPY[cache.dtype])
         return np.asarray(cache.cpu().numpy())
 
     def sample(self, logits: DeviceLogits, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:

@@ -16,7 +16,8 @@ from tensorwright.engine.engine import Engine
 from tensorwright.errors import EngineError, LimitError
 from tensorwright.kernels.cuda.launch import GpuSource, from_json, scratch_offsets
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32,
+          "float8_e4m3": torch.float8_e4m3fn}
 STAGING_BYTES, READERS = 64 << 20, 4
 ALIGNMENT = 256
 

@@ -5,6 +5,7 @@
 // tiles of 32 keys with a running softmax (Dao et al., 2022). Products are of 16-bit numbers with float32 sums.
 #pragma once
 #include "numbers.cuh"
+#include "weights.cuh"
 
 namespace tw {
 
@@ -29,6 +30,13 @@ template <class Type> __device__ inline uint4 eight(const signed char* from, con
   const float s = *scale;
   return make_uint4(pack<Type>(codes[0] * s, codes[1] * s), pack<Type>(codes[2] * s, codes[3] * s),
                     pack<Type>(codes[4] * s, codes[5] * s), pack<Type>(codes[6] * s, codes[7] * s));
+}
+
+template <class Type> __device__ inline uint4 eight(const float8* from, const float*) {
+  using Numbers = Fp8Numbers<Type>;
+  const uint2 bytes = *reinterpret_cast<const uint2*>(from);
+  return make_uint4(Numbers::template pair<true>(bytes.x, 0), Numbers::template pair<true>(bytes.x, 1),
+                    Numbers::template pair<true>(bytes.y, 0), Numbers::template pair<true>(bytes.y, 1));
 }
 
 template <class Type, class Stored, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>

@@ -4,6 +4,30 @@
 
 namespace tw {
 
+struct float8 { u8 bits; };  // e4m3: up to 448, no infinities
+
+// The nearest float8, ties to even; what is larger becomes +-448. Two at once: the lower one in the lower byte.
+__device__ inline u32 to_float8(float lower, float upper) {
+#if __CUDA_ARCH__ >= 890
+  u16 both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(upper), "f"(lower));
+  return both;
+#else
+  u32 both = 0;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float x = i ? upper : lower, magnitude = fminf(fabsf(x), 448.f);
+    const u32 bits = __float_as_uint(magnitude);
+    // Below 2^-6 numbers are multiples of 2^-9, the last place of 2^14; above, three bits of the mantissa are kept.
+    const u32 code = magnitude < 0.015625f ? __float_as_uint(magnitude + 16384.f) - 0x46800000u
+                                           : (bits + 0x7ffffu + (bits >> 20 & 1) - 0x3c000000u) >> 20;
+    both |= (code | (__float_as_uint(x) >> 24 & 0x80)) << (8 * i);
+  }
+  return both;
+#endif
+}
+template <> __device__ inline float8 to_finite<float8>(float x) { return float8{(u8)to_float8(x, 0.f)}; }
+
 enum class Function { none, silu, gelu, gelu_tanh };
 
 __device__ inline float to_float(float x) { return x; }

@@ -4,7 +4,7 @@
 
 namespace tw {
 
-// One head's numbers into its place in the cache: 16-bit, or int8 with a scale of max|x| / 127.
+// One head's numbers into its place in the cache: 16-bit or float8, or int8 with a scale of max|x| / 127.
 template <class Stored> struct CacheRow {
   __device__ static void store(const float* x, Stored* to, float*, int size, int lane) {
     for (int d = lane; d < size; d += LANES) to[d] = to_finite<Stored>(x[d]);
