@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from tensorwright.engine.engine import Engine
 from tensorwright.errors import RanksError, UsageError
+from tensorwright.kernels.cuda.driver import current_context, use_context
 from tensorwright.kernels.cuda.targets import check_target
 from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks
-from tensorwright.runtime.cuda.driver import current_context, use_context
 from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes_of
 from tensorwright.runtime.cuda.logits import DeviceLogits
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights

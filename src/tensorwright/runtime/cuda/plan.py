@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from tensorwright.engine.engine import Engine
+from tensorwright.kernels.cuda.driver import Call, Function, load_module
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, is_library_call, scratch_offsets
 from tensorwright.kernels.cuda.sample import GREEDY
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Op
-from tensorwright.runtime.cuda.driver import Call, Function, load_module
 from tensorwright.runtime.cuda.inputs import Sizes
 from tensorwright.runtime.cuda.memory import DTYPES, Activations, Caches, Weights, entries_of
 
