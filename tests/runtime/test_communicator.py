@@ -53,6 +53,9 @@ COLLECTIVES = textwrap.dedent("""
     if comm:
         comm.check()
         assert comm.broadcast(b"from 0" * 1000 if rank == 0 else b"") == b"from 0" * 1000
+        for size_of_rank in (0, 1000):
+            wanted = [b"%d" % r * size_of_rank for r in range(size)]
+            assert comm.gather(wanted[rank]) == wanted
         comm.barrier()
         comm.close()
     print("good", rank)
@@ -68,8 +71,12 @@ DEAD_RANK = textwrap.dedent("""
     from tensorwright.testing.native_ops import NativeOps, make_batch, one_op
 
     comm = Communicator.from_environment(timeout_s=0.3)
+    assert comm.timeout_s == 0.3 and not comm.has_lost()
+    comm.barrier()
     if comm.rank == 1:
         os._exit(0)
+    while not comm.has_lost():  # the test's own time limit ends this
+        pass
     buffers = {name: Buffer(name, ("tokens", 8), "float32") for name in "xy"}
     ops = NativeOps([one_op("all_reduce", buffers)], resolve_target("portable"))
     arrays = {name: np.zeros((3, 8), np.float32) for name in "xy"}
@@ -128,10 +135,13 @@ def test_launchers_are_read() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
            "PMIX_NAMESPACE": "job"}
     assert read_launch(mpi) == Launch(1, 4, 2, "job", True)
+    assert read_launch({**mpi, "OMPI_COMM_WORLD_LOCAL_RANK": "1"}).local_rank == 1
     srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     assert read_launch(srun) == Launch(1, 2, 2, "7.0", True)
     assert read_launch({"PMI_RANK": "0", "PMI_SIZE": "1"}).size == 1
     assert read_launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}).local_size == 1
+    assert [read_launch({"RANK": "3", "WORLD_SIZE": "4", **local}).local_rank for local in ({}, {"LOCAL_RANK": "1"})] \
+        == [3, 1]
     with pytest.raises(RanksError, match="RANK='x'"):
         read_launch({"RANK": "x", "WORLD_SIZE": "2"})
     with pytest.raises(RanksError, match="rank 2 of 2"):

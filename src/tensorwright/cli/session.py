@@ -90,6 +90,8 @@ def _open(arguments: argparse.Namespace, communicator: Communicator | None, cons
     )
     _check_windows(arguments.max_attention_window_size, llm.engine.limits.max_seq_len)
     console.info(f"Load engine takes: {time.monotonic() - started:.3f} sec")
+    if communicator is not None:
+        console.info(f"Ranks: {communicator.size}, sums travel by {communicator.transport}")
     console.info(format_table("Memory", llm.memory_table()))
     return llm
 

@@ -12,20 +12,20 @@ import hashlib
 import mmap
 import os
 import secrets
+import select
 import shlex
 import socket
 import struct
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tensorwright.errors import RanksError
+from tensorwright.runtime.meeting import counted_parts, gather_ranks, join_rank_0, receive, receive_counted, send
 
 SLOT_BYTES = 1 << 20
 LINE_BYTES = 128  # COMM_LINE of native/comm.h
-MEET_TIMEOUT_S = 120.0
 STEP_TIMEOUT_S = 60.0
 
 
@@ -48,14 +48,20 @@ class Launch:
     local_size: int  # ranks on this host
     job: str
     has_mpi: bool
+    local_rank: int = 0  # among the ranks of this host
 
 
 class _Links(Protocol):
     """How ranks pass bytes about: sockets on one host, MPI between hosts."""
 
     native: NativeCommunicator
+    transport: str
 
     def broadcast(self, data: bytes) -> bytes: ...
+
+    def gather(self, data: bytes) -> list[bytes]: ...
+
+    def has_lost(self) -> bool: ...
 
     def barrier(self) -> None: ...
 
@@ -63,10 +69,14 @@ class _Links(Protocol):
 
 
 class Communicator:
-    """Ranks that run the same plan. `from_environment` gives None where there is one."""
+    """Ranks that run the same plan. `from_environment` gives None where there is one.
 
-    def __init__(self, rank: int, size: int, links: _Links) -> None:
-        self.rank, self.size = rank, size
+    `transport`: how their sums travel, for people; executors that have another way say so.
+    """
+
+    def __init__(self, rank: int, size: int, links: _Links, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.transport = links.transport
         self._links = links
 
     @classmethod
@@ -84,8 +94,14 @@ class Communicator:
         if launch.size == 1:
             return None
         if across_hosts or not launch.job or (across_hosts is None and launch.local_size < launch.size):
-            return cls(launch.rank, launch.size, _meet_by_mpi(launch, across_hosts, timeout_s))
-        return cls(launch.rank, launch.size, _SharedLinks(launch.rank, launch.size, launch.job, timeout_s))
+            return cls(launch.rank, launch.size, _meet_by_mpi(launch, across_hosts, timeout_s), launch.local_rank)
+        return cls(launch.rank, launch.size, _SharedLinks(launch.rank, launch.size, launch.job, timeout_s),
+                   launch.local_rank)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a collective waits for a rank before it gives up."""
+        return float(self._links.native.timeout_s)
 
     def native(self) -> int:
         """Address of the tw_comm that `tw_run.comm` takes; valid until `close`."""
@@ -100,6 +116,14 @@ class Communicator:
     def broadcast(self, data: bytes = b"") -> bytes:
         """Rank 0's bytes, on every rank. Waits as long as it takes; other ranks sleep meanwhile."""
         return self._links.broadcast(data)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, in rank order, on every rank."""
+        return self._links.gather(data)
+
+    def has_lost(self) -> bool:
+        """Whether a rank that this one is connected to has ended, as far as its socket tells. Waits for nothing."""
+        return self._links.has_lost()
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
@@ -139,18 +163,22 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
     if "OMPI_COMM_WORLD_SIZE" in environment:
         launch = Launch(number("OMPI_COMM_WORLD_RANK", 0), number("OMPI_COMM_WORLD_SIZE", 1),
-                        number("OMPI_COMM_WORLD_LOCAL_SIZE", 0), environment.get("PMIX_NAMESPACE", ""), True)
+                        number("OMPI_COMM_WORLD_LOCAL_SIZE", 0), environment.get("PMIX_NAMESPACE", ""), True,
+                        number("OMPI_COMM_WORLD_LOCAL_RANK", 0))
     elif "PMI_SIZE" in environment:
-        launch = Launch(number("PMI_RANK", 0), number("PMI_SIZE", 1), number("MPI_LOCALNRANKS", 0), "", True)
+        launch = Launch(number("PMI_RANK", 0), number("PMI_SIZE", 1), number("MPI_LOCALNRANKS", 0), "", True,
+                        number("MPI_LOCALRANKID", 0))
     elif "SLURM_STEP_NUM_TASKS" in environment:
         tasks = number("SLURM_STEP_NUM_TASKS", 1)
         one_host = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
         job = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
-        launch = Launch(number("SLURM_PROCID", 0), tasks, tasks if one_host else 1, job, True)
+        launch = Launch(number("SLURM_PROCID", 0), tasks, tasks if one_host else 1, job, True,
+                        number("SLURM_LOCALID", 0))
     elif "WORLD_SIZE" in environment and "RANK" in environment:
         size = number("WORLD_SIZE", 1)
         job = ":".join(environment.get(n, "") for n in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
-        launch = Launch(number("RANK", 0), size, number("LOCAL_WORLD_SIZE", size), job, False)
+        launch = Launch(number("RANK", 0), size, number("LOCAL_WORLD_SIZE", size), job, False,
+                        number("LOCAL_RANK", number("RANK", 0)))
     else:
         launch = Launch(0, 1, 1, "", False)
     if launch.rank >= launch.size:
@@ -165,13 +193,15 @@ def _counted(ranks: int) -> str:
 class _SharedLinks:
     """Ranks of one host: a star of Unix sockets around rank 0, and memory whose descriptor travels over them."""
 
+    transport = "shared memory"
+
     def __init__(self, rank: int, size: int, job: str, timeout_s: float) -> None:
         name = "\0tensorwright-" + hashlib.sha256(f"{os.getuid()} {job}".encode()).hexdigest()[:32]
         num_bytes = size * LINE_BYTES + 2 * size * SLOT_BYTES
         if rank == 0:
-            self._sockets, descriptor = _gather_ranks(name, size, num_bytes)
+            self._sockets, descriptor = gather_ranks(name, size, num_bytes)
         else:
-            self._sockets, descriptor = _join_rank_0(name, rank)
+            self._sockets, descriptor = join_rank_0(name, rank)
         self._rank = rank
         self._memory = mmap.mmap(descriptor, num_bytes)
         os.close(descriptor)
@@ -181,21 +211,35 @@ class _SharedLinks:
 
     def broadcast(self, data: bytes) -> bytes:
         if self._rank > 0:
-            length, = struct.unpack("<Q", _receive(self._sockets[0], 8))
-            return _receive(self._sockets[0], length)
+            return receive_counted(self._sockets[0])[8:]
         for connection in self._sockets:
-            _send(connection, struct.pack("<Q", len(data)) + data)
+            send(connection, struct.pack("<Q", len(data)) + data)
         return data
+
+    def gather(self, data: bytes) -> list[bytes]:
+        own = struct.pack("<Q", len(data)) + data
+        if self._rank > 0:
+            send(self._sockets[0], own)
+        else:
+            own += b"".join(receive_counted(connection) for connection in self._sockets)
+        return counted_parts(self.broadcast(own))
+
+    def has_lost(self) -> bool:
+        poll = select.poll()
+        for connection in self._sockets:
+            if connection.fileno() >= 0:
+                poll.register(connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def barrier(self) -> None:
         if self._rank > 0:
-            _send(self._sockets[0], b"b")
-            _receive(self._sockets[0], 1)
+            send(self._sockets[0], b"b")
+            receive(self._sockets[0], 1)
             return
         for connection in self._sockets:
-            _receive(connection, 1)
+            receive(connection, 1)
         for connection in self._sockets:
-            _send(connection, b"b")
+            send(connection, b"b")
 
     def close(self) -> None:
         for connection in self._sockets:
@@ -205,6 +249,8 @@ class _SharedLinks:
 
 class _MpiLinks:
     """Ranks on several hosts. The kernels call MPI_Allreduce and MPI_Allgather by address, from worker 0 alone."""
+
+    transport = "MPI"
 
     def __init__(self, mpi: Any, timeout_s: float) -> None:
         self._world = mpi.COMM_WORLD
@@ -217,6 +263,12 @@ class _MpiLinks:
 
     def broadcast(self, data: bytes) -> bytes:
         return bytes(self._world.bcast(data, root=0))
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return list(self._world.allgather(data))
+
+    def has_lost(self) -> bool:
+        return False  # MPI ends all ranks of a job when one dies
 
     def barrier(self) -> None:
         self._world.Barrier()
@@ -255,83 +307,3 @@ def _handle(mpi: Any, item: Any) -> int:
 def _host() -> str:
     """A word that ranks share when they share a kernel and its network namespace."""
     return f"{socket.gethostname()} {os.stat('/proc/self/ns/net').st_ino}"  # noqa: PTH116
-
-
-def _gather_ranks(name: str, size: int, num_bytes: int) -> tuple[list[socket.socket], int]:
-    """Rank 0: accept every other rank and give it the memory. Sockets in rank order."""
-    descriptor = os.memfd_create("tensorwright-ranks", os.MFD_CLOEXEC)
-    os.truncate(descriptor, num_bytes)
-    found: dict[int, socket.socket] = {}
-    end = time.monotonic() + MEET_TIMEOUT_S
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(name)
-        except OSError as error:
-            raise RanksError(f"another rank 0 of this job is running: {error}") from error
-        listener.listen(size)
-        while len(found) < size - 1:
-            listener.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, size)) - set(found))
-                raise RanksError(f"{size} ranks were launched; ranks {missing} did not come within "
-                                 f"{MEET_TIMEOUT_S:.0f} s") from None
-            if _peer_user(connection) != os.getuid():
-                connection.close()
-                continue
-            rank, = struct.unpack("<I", _receive(connection, 4))
-            found[rank] = connection
-            socket.send_fds(connection, [b"m"], [descriptor])
-    return [found[rank] for rank in sorted(found)], descriptor
-
-
-def _join_rank_0(name: str, rank: int) -> tuple[list[socket.socket], int]:
-    """Another rank: connect as soon as rank 0 listens, and take the memory."""
-    end = time.monotonic() + MEET_TIMEOUT_S
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    while True:
-        try:
-            connection.connect(name)
-            break
-        except (ConnectionRefusedError, FileNotFoundError):
-            if time.monotonic() > end:
-                connection.close()
-                raise RanksError(f"rank {rank} found no rank 0 within {MEET_TIMEOUT_S:.0f} s") from None
-            time.sleep(0.02)
-    if _peer_user(connection) != os.getuid():
-        connection.close()
-        raise RanksError("the process that answers as rank 0 belongs to another user")
-    _send(connection, struct.pack("<I", rank))
-    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-    if not descriptors:
-        connection.close()
-        raise RanksError("rank 0 ended while the ranks were meeting")
-    return [connection], descriptors[0]
-
-
-def _peer_user(connection: socket.socket) -> int:
-    """User id of the process at the other end: abstract sockets have no permissions of their own."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    try:
-        connection.sendall(data)
-    except OSError as error:
-        raise RanksError(f"another rank has ended: {error}") from error
-
-
-def _receive(connection: socket.socket, size: int) -> bytes:
-    parts: list[bytes] = []
-    while size > 0:
-        try:
-            part = connection.recv(min(size, 1 << 20))
-        except OSError as error:
-            raise RanksError(f"another rank has ended: {error}") from error
-        if not part:
-            raise RanksError("another rank has ended", mend="look at that rank's messages, then start all ranks again")
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)

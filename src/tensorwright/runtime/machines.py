@@ -19,8 +19,8 @@ GPU = "cuda"
 class Machine(Protocol):
     """What an engine runs on."""
 
-    def available_bytes(self, engine: Engine) -> int:
-        """Memory that weights, activations and the KV cache may share."""
+    def available_bytes(self, engine: Engine, communicator: Communicator | None) -> int:
+        """Memory that weights, activations and the KV cache of this rank may share."""
 
     def scratch_bytes(self, engine: Engine, rows: Mapping[str, int]) -> int:
         """Memory that ops take besides activations, for so many "tokens" and "outputs"."""
@@ -36,7 +36,7 @@ def machine_of(engine: Engine) -> Machine:
 
 
 class _Cpu:
-    def available_bytes(self, engine: Engine) -> int:
+    def available_bytes(self, engine: Engine, communicator: Communicator | None) -> int:
         return available_bytes() // engine.world_size  # ranks of one host share its memory
 
     def scratch_bytes(self, engine: Engine, rows: Mapping[str, int]) -> int:
@@ -50,7 +50,7 @@ class _Cpu:
 
 
 class _Gpu:
-    def available_bytes(self, engine: Engine) -> int:
+    def available_bytes(self, engine: Engine, communicator: Communicator | None) -> int:
         from tensorwright.kernels.cuda.targets import check_target
 
         check_target(engine.target, engine=str(engine.directory))

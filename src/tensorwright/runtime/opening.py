@@ -61,14 +61,15 @@ def _tokenizer(engine: Engine, tokenizer_dir: Path | None) -> Tokenizer | None:
 
 def _plan(engine: Engine, machine: Machine, max_kv_tokens: int | None, fraction: float,
           communicator: Communicator | None) -> MemoryPlan:
+    available = machine.available_bytes(engine, communicator)
     needs = Needs(engine.weight_bytes, _activation_bytes(engine, machine), engine.kv_bytes_per_token,
                   engine.tokens_per_block)
     plan = plan_memory(engine.limits, needs, max_kv_tokens=max_kv_tokens, kv_cache_fraction=fraction,
-                       available=machine.available_bytes(engine))
+                       available=available)
     if communicator is None:
         return plan
-    # Every rank must schedule alike, and memory is not seen alike: the first rank's number holds for all.
-    return replace(plan, num_blocks=int(communicator.broadcast(str(plan.num_blocks).encode())))
+    # Every rank must schedule alike, and each has its own memory: the least number holds for all.
+    return replace(plan, num_blocks=min(map(int, communicator.gather(str(plan.num_blocks).encode()))))
 
 
 def _activation_bytes(engine: Engine, machine: Machine) -> int:
