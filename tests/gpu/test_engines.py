@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_requests_do_not_depend_on_the_batch_but_for_near_ties(engine_dir: Path)
     assert same >= 5  # random weights have near-ties; text of real ones is compared by the demo
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.2},
+                                 {"num_return_sequences": 2, "temperature": 1.0}])
+def test_running_ahead_changes_no_token(engine_dir: Path, how: dict[str, Any]) -> None:
+    random = np.random.default_rng(4)
+    prompts = [random.integers(3, 320, length).tolist() for length in (3, 40, 17, 1, 30, 9, 12)]
+    asked = [SamplingParameters(max_tokens=count, end_ids=(), return_log_probs=True, **how)
+             for count in (12, 3, 1, 20, 9, 2, 15)]
+    found = []
+    for runs_ahead in (True, False):
+        llm = LLM(engine_dir)
+        llm._loop.executor.runs_ahead = runs_ahead
+        found.append([result.sequences for result in llm.generate(prompts, asked)])
+    assert found[0] == found[1]
+
+
 def test_the_greedy_choice_of_a_step_is_the_reference_s(engine_dir: Path) -> None:
     from tensorwright.runtime.cuda.executor import CudaExecutor
 
@@ -116,10 +132,10 @@ def test_the_greedy_choice_of_a_step_is_the_reference_s(engine_dir: Path) -> Non
     logits = executor.execute(batch)
     values = np.asarray(logits)
     wanted, wanted_log_probs = choose(values, [SamplingRow()] * len(values))
-    tokens, log_probs = executor.sample(logits, [SamplingRow()] * len(values))
-    assert tokens.tolist() == wanted.tolist()
-    np.testing.assert_allclose(log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits.sum(axis=1), values.sum(axis=1), rtol=1e-3, atol=1e-2)
+    drawn = executor.sample(logits, [SamplingRow()] * len(values)).result()
+    assert drawn.tokens.tolist() == wanted.tolist()
+    np.testing.assert_allclose(drawn.log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)
+    assert drawn.is_finite.all()
 
 
 def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
@@ -137,7 +153,8 @@ def test_sampling_means_what_the_reference_means(engine_dir: Path) -> None:
             SamplingRow(temperature=0.8, top_k=40, top_p=0.9, uniform=0.2, repetition_penalty=1.3, presence_penalty=0.5,
                         frequency_penalty=0.1, seen=(1, 2, 7), counts=(0, 1, 4))]
     logits = (random.standard_normal((len(rows), 300)) * 3).astype(np.float32)
-    tokens, log_probs = executor.sample(DeviceLogits(torch.tensor(logits, device="cuda"), logits[:, :4]), rows)
+    on_device = DeviceLogits(torch.tensor(logits, device="cuda"), torch.cuda.current_stream())
+    drawn = executor.sample(on_device, rows).result()
     wanted, wanted_log_probs = choose(logits, rows)
-    assert tokens.tolist() == wanted.tolist()
-    np.testing.assert_allclose(log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)
+    assert drawn.tokens.tolist() == wanted.tolist()
+    np.testing.assert_allclose(drawn.log_probs, wanted_log_probs, rtol=1e-5, atol=1e-5)

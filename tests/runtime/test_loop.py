@@ -37,10 +37,11 @@ def parameters(draw: st.DrawFn) -> dict[str, object]:
     num_blocks=st.integers(44, 90),
     max_num_tokens=st.sampled_from([4, 7, 32]),
     reuse=st.booleans(),
+    runs_ahead=st.booleans(),
 )
-def test_tokens_are_those_of_the_plain_run(requests, cancels, num_blocks, max_num_tokens, reuse):
+def test_tokens_are_those_of_the_plain_run(requests, cancels, num_blocks, max_num_tokens, reuse, runs_ahead):
     limits = replace(LIMITS, max_num_tokens=max_num_tokens, max_batch_size=4)
-    harness = Harness(limits=limits, num_blocks=num_blocks, block_reuse=reuse)
+    harness = Harness(limits=limits, num_blocks=num_blocks, block_reuse=reuse, runs_ahead=runs_ahead)
     submitted = {}
     pending = sorted(enumerate(requests), key=lambda item: item[1][2])
     for step in range(3000):

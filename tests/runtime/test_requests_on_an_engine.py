@@ -82,7 +82,8 @@ def test_the_engine_s_sampler_is_the_reference(engine_dir: Path) -> None:
             frequency_penalty=0.2 * (index % 3), uniform=float(rng.integers(0, 1 << 24)) * 2.0**-24,
             seen=seen, counts=rng.integers(0, 3, 9).astype(np.int32),
             biased=(3, 4), biases=(float("-inf"), 1.5)))
-    tokens, log_probs = executor.sample(logits, rows)
+    drawn = executor.sample(logits, rows).result()
+    tokens, log_probs = drawn.tokens, drawn.log_probs
     expected_tokens, expected_log_probs = choose(logits, rows)
     same = tokens == expected_tokens  # a number on the border of two tokens may fall on either side in float32
     assert same.mean() >= 0.98

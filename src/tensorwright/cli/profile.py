@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tensorwright.cli.roofline import Work, total
 from tensorwright.cli.tables import print_table
 from tensorwright.engine.engine import Engine
-from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.batch import Batch, Drawn, Floats, SamplingRow
 from tensorwright.runtime.communicator import Communicator
 from tensorwright.runtime.executor import CpuExecutor
 
@@ -53,7 +53,7 @@ class RecordingExecutor(CpuExecutor):
         self.records.append(record)
         return super().execute(batch, step_seconds=record.op_s)
 
-    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> Drawn:
         """As always, timed."""
         started = time.perf_counter()
         result = super().sample(logits, rows)

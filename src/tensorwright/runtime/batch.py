@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 class Batch:
     """All int32 and C-contiguous. tokens T, sequences S, rows that get logits R."""
 
-    token_ids: Ints  # [T]
+    token_ids: Ints  # [T]; −1 − i: what the last `Executor.sample` drew as its number i
     positions: Ints  # [T]
     slots: Ints  # [T]
     query_starts: Ints  # [S]
@@ -58,22 +58,43 @@ class Logits(Protocol):
     def __getitem__(self, rows: Any, /) -> Any:
         """A row or a slice of rows as NumPy arrays; the rows of a list as `Executor.sample` takes them."""
 
-    def sum(self, *, axis: int) -> Any:
-        """The sum of each row (axis 1): not finite where a logit is not."""
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token per row of logits, all [R]."""
+
+    tokens: Ints
+    log_probs: Floats  # natural logarithms, under the unchanged logits
+    is_finite: NDArray[np.bool_]  # whether every logit of the row is a finite number
+
+    def result(self) -> Drawn:
+        """Itself: it is there already."""
+        return self
+
+
+class Draw(Protocol):
+    """Tokens that may still be on their way."""
+
+    def result(self) -> Drawn:
+        """Wait for them. To be asked for before the step after the next is sampled."""
 
 
 class Executor(Protocol):
-    """What the request loop needs of an executor; tests hand in a fake one."""
+    """What the request loop needs of an executor; tests hand in a fake one.
+
+    Steps, samples and copies take effect in the order of the calls, whether or not they have ended when a call returns.
+    """
 
     vocab_size: int
     num_blocks: int
     block_size: int
+    runs_ahead: bool  # calls return before they are done, and a batch may name what the last draw will bring
 
     def execute(self, batch: Batch) -> Logits:
         """Logits float32 [R, vocab_size], overwritten by the next call."""
 
-    def sample(self, logits: Any, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
-        """A token per row of what `execute` gave, and its natural log probability under the unchanged logits."""
+    def sample(self, logits: Any, rows: Sequence[SamplingRow]) -> Draw:
+        """A token for each row of what `execute` gave."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer: for sequences that fork."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tensorwright.runtime.batch import Batch, Ints
+from tensorwright.runtime.request import TokenSequence
 from tensorwright.runtime.scheduler import Chunk
 
 
-def make_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """The step's arrays; rows of logits come in the order of the chunks and of their output positions."""
+def make_batch(chunks: Sequence[Chunk], block_size: int, drawn: Mapping[TokenSequence, int]) -> Batch:
+    """The step's arrays; rows of logits come in the order of the chunks and of their output positions.
+
+    `drawn` has the number, in the last draw, of a token that is not known yet and that ends its sequence.
+    """
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     ends = np.array([chunk.end for chunk in chunks], np.int32)
     lengths = ends - starts
@@ -21,7 +25,7 @@ def make_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
     positions = np.arange(len(owners), dtype=np.int32) + (starts - query_starts)[owners]
     slots = tables[owners, positions // block_size] * block_size + positions % block_size
     return Batch(
-        token_ids=_token_ids(chunks, len(owners)),
+        token_ids=_token_ids(chunks, len(owners), drawn),
         positions=positions,
         slots=slots.astype(np.int32),
         query_starts=query_starts,
@@ -40,10 +44,12 @@ def _block_tables(chunks: Sequence[Chunk], width: int) -> Ints:
     return tables
 
 
-def _token_ids(chunks: Sequence[Chunk], count: int) -> Ints:
+def _token_ids(chunks: Sequence[Chunk], count: int, drawn: Mapping[TokenSequence, int]) -> Ints:
     ids: list[int] = []
     for chunk in chunks:
         ids += chunk.sequence.tokens[chunk.start : chunk.end]
+        if chunk.end > len(chunk.sequence.tokens):
+            ids.append(-1 - drawn[chunk.sequence])
     return np.fromiter(ids, np.int32, count)
 
 

@@ -63,6 +63,8 @@ class Constraints:
         self._bad_words = BadWords(bad_words)
         self.counts_tokens = (parameters.repetition_penalty, parameters.presence_penalty,
                               parameters.frequency_penalty) != (1.0, 0.0, 0.0)
+        self.follow_tokens = (self.counts_tokens or parameters.no_repeat_ngram_size > 0
+                              or any(len(sequence) > 1 for sequence in bad_words))
 
     def biases(self, tokens: Sequence[int], num_generated: int) -> Mapping[int, float]:
         """What is added to the logits of the token after `tokens`."""
@@ -73,9 +75,13 @@ class Constraints:
         banned += banned_by_ngrams(tokens, self._parameters.no_repeat_ngram_size)
         return found | dict.fromkeys(banned, FORBIDDEN) if banned else found
 
-    def row(self, tokens: Sequence[int], num_generated: int, stream: int, counts: TokenCounts | None) -> SamplingRow:
-        """How the token after `tokens` is to be drawn. The random number depends on seed, stream and position only."""
-        parameters, biases = self._parameters, self.biases(tokens, num_generated)
+    def row(self, tokens: Sequence[int], num_generated: int, stream: int, counts: TokenCounts | None,
+            num_expected: int = 0) -> SamplingRow:
+        """How the token after `tokens` is to be drawn. The random number depends on seed, stream and position only.
+
+        So many tokens that nobody knows yet may stand between, if these constraints do not `follow_tokens`.
+        """
+        parameters, biases = self._parameters, self.biases(tokens, num_generated + num_expected)
         return SamplingRow(
             temperature=parameters.temperature,
             top_k=parameters.top_k,
@@ -84,7 +90,7 @@ class Constraints:
             repetition_penalty=parameters.repetition_penalty,
             presence_penalty=parameters.presence_penalty,
             frequency_penalty=parameters.frequency_penalty,
-            uniform=uniform(parameters.seed, stream, len(tokens)) if parameters.temperature else 0.0,
+            uniform=uniform(parameters.seed, stream, len(tokens) + num_expected) if parameters.temperature else 0.0,
             seen=counts.seen if counts else (),
             counts=counts.counts if counts else (),
             biased=tuple(biases),

@@ -25,7 +25,7 @@ from tensorwright.kernels.cpu.targets import check_target
 from tensorwright.kernels.interface import Tactic, Target
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Buffer, Op
-from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.batch import Batch, Drawn, Floats, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks, read_launch
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
@@ -45,6 +45,8 @@ def default_threads() -> int:
 
 class CpuExecutor:
     """`runtime.batch.Executor` over an engine's own machine code."""
+
+    runs_ahead = False  # the same cores prepare a step and run it
 
     def __init__(self, engine: Engine, *, num_blocks: int, threads: int | None = None,
                  communicator: Communicator | None = None) -> None:
@@ -162,7 +164,7 @@ class CpuExecutor:
         flat = self._activations[name]
         return np.asarray(flat[:flat.shape[0] // columns * columns].reshape(-1, columns))
 
-    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+    def sample(self, logits: Floats, rows: Sequence[SamplingRow]) -> Drawn:
         """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
         keep: list[NDArray[Any]] = []
         requests = (Sampling * max(1, len(rows)))()
@@ -176,7 +178,9 @@ class CpuExecutor:
             ctypes.c_void_p(log_probs.ctypes.data))
         if (tokens < 0).any():
             raise MemoryError(f"no memory to sample from {logits.shape[1]} logits")
-        return tokens, log_probs
+        with np.errstate(all="ignore"):
+            is_finite = np.isfinite(logits.sum(axis=1))
+        return Drawn(tokens, log_probs, is_finite)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer."""

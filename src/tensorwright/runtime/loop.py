@@ -1,5 +1,10 @@
 """The request loop: schedule, execute, sample, update. It knows requests and an executor, no threads and no files.
 
+Where the executor lets steps be started ahead, a device never waits for the host: `step` starts the next step before
+it asks for the tokens of the last one, as if every sequence that runs got one token. The device itself puts that token
+into the next step. A sequence that turns out to have ended has computed one token too many, which nobody sees.
+Where a choice decides what comes next (beams, penalties, words that must not come), its step is waited for.
+
 A request fails alone: logits that are no numbers, or a callback that raises, end that request with an error and no
 other. Several ranks run the same loop over the same requests: the logits have the same bits on every rank, so every
 rank makes the same choices and nothing but tensors is exchanged.
@@ -7,38 +12,25 @@ rank makes the same choices and nothing but tensors is exchanged.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from time import monotonic
 
 import numpy as np
 
 from tensorwright.engine.limits import Limits
 from tensorwright.errors import RanksError
-from tensorwright.runtime.batch import Executor, Floats, Logits
+from tensorwright.runtime.batch import Executor, Logits
 from tensorwright.runtime.batching import make_batch
 from tensorwright.runtime.beams import BeamGroup
-from tensorwright.runtime.constraints import FORBIDDEN
 from tensorwright.runtime.counters import Counters
+from tensorwright.runtime.flight import Choice, Flight, sampled_rows
 from tensorwright.runtime.kv_blocks import BlockManager
 from tensorwright.runtime.outcome import generated, result_of
 from tensorwright.runtime.request import Request, TokenSequence
 from tensorwright.runtime.results import FinishReason, Result, Update
 from tensorwright.runtime.scheduler import Schedule, Scheduler
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a step found for one sequence: a row of logits [vocabulary], and the token drawn from it."""
-
-    logits: Floats | None  # where beams or the caller want them
-    is_finite: bool
-    is_allowed: bool = True  # a forbidden token is only drawn where every token is forbidden
-    token: int = -1  # beams draw none: they compare
-    log_prob: float = 0.0
-
-
-Choices = Mapping[TokenSequence, Choice]
 
 
 class RequestLoop:
@@ -50,11 +42,12 @@ class RequestLoop:
         self.blocks = BlockManager(executor.num_blocks, executor.block_size, reuse=block_reuse)
         self.scheduler = Scheduler(self.blocks, max_num_tokens=limits.max_num_tokens, max_seats=limits.max_batch_size)
         self.counters = Counters()
+        self._flights: deque[Flight] = deque()  # steps that were started, the oldest first
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
 
     def add(self, request: Request) -> None:
         """Queue a request that `RequestFactory` has made."""
@@ -69,16 +62,19 @@ class RequestLoop:
             RanksError: another rank was lost: nothing can go on.
         """
         self.end_cancelled()
+        if any(flight.needs_landing for flight in self._flights):
+            self._update(ahead=0)
         schedule = self.scheduler.schedule()
+        runs_ahead = self.executor.runs_ahead and bool(schedule.chunks)
         try:
             logits = self._execute(schedule)
-            choices = self._sample(schedule, logits)
-            self._update(schedule, choices)
+            self._sample(schedule, logits)
         except RanksError:
             raise
         except Exception as error:  # the executor's or the sampler's: it cannot be told whose request it was
-            for request in schedule.requests:
-                self._fail(request, f"the step failed: {error!r}")
+            self._fail_all(schedule, error)
+            runs_ahead = False  # what was drawn last may not be the last flight's
+        self._update(ahead=1 if runs_ahead else 0)
 
     def end_cancelled(self) -> None:
         """End the requests that were cancelled, and those whose callback failed; their blocks are free at once."""
@@ -109,10 +105,10 @@ class RequestLoop:
         }
 
     def _execute(self, schedule: Schedule) -> Logits:
-        """Logits [rows, vocabulary] of the step; context logits that callers want are copied at once."""
+        """Start the step: logits [rows, vocabulary]; context logits that callers want are copied at once."""
         if not schedule.chunks:
             return np.zeros((0, self.executor.vocab_size), np.float32)
-        batch = make_batch(schedule.chunks, self.blocks.block_size)
+        batch = make_batch(schedule.chunks, self.blocks.block_size, self._flights[-1].places if self._flights else {})
         if schedule.copies:
             self.executor.copy_blocks(schedule.copies)
         logits = self.executor.execute(batch)
@@ -121,37 +117,42 @@ class RequestLoop:
         self.counters.tokens_computed += len(batch.token_ids)
         return logits
 
-    def _sample(self, schedule: Schedule, logits: Logits) -> Choices:
-        """A choice for every sequence whose tokens are all computed."""
-        rows = _sampled_rows(schedule)
-        with np.errstate(all="ignore"):
-            is_finite = np.isfinite(logits.sum(axis=1)).tolist()
-        choices = {lane: Choice(logits[row] if _wants_logits(lane) else None, is_finite[row])
-                   for lane, row in rows.items()}
-        drawn = [lane for lane, row in rows.items() if is_finite[row] and lane.request.beams is None]
-        if not drawn:
-            return choices
+    def _sample(self, schedule: Schedule, logits: Logits) -> None:
+        """Start drawing a token for every sequence whose tokens are all computed."""
+        if not schedule.chunks:
+            return
+        rows = sampled_rows(schedule)
+        wanted = {lane: logits[row] for lane, row in rows.items() if _wants_logits(lane)}
+        drawn = [lane for lane in rows if lane.request.beams is None]
+        settings = [lane.request.constraints.row(lane.tokens, lane.num_generated, lane.index, lane.counts,
+                                                 lane.num_expected) for lane in drawn]
         indexes = [rows[lane] for lane in drawn]
         lines = logits if indexes == list(range(len(logits))) else logits[indexes]
-        settings = [lane.request.constraints.row(lane.tokens, lane.num_generated, lane.index, lane.counts)
-                    for lane in drawn]
-        tokens, log_probs = self.executor.sample(lines, settings)
-        for lane, row, token, log_prob in zip(drawn, settings, tokens.tolist(), log_probs.tolist(), strict=True):
-            is_allowed = (token, FORBIDDEN) not in zip(row.biased, row.biases, strict=True)
-            choices[lane] = replace(choices[lane], token=token, log_prob=log_prob, is_allowed=is_allowed)
-        return choices
-
-    def _update(self, schedule: Schedule, choices: Choices) -> None:
-        """Append the tokens, tell the callers, and end what has ended."""
+        draw = self.executor.sample(lines, settings) if drawn else None
         self.scheduler.complete(schedule)
-        for request in schedule.requests:
-            lanes = [lane for lane in request.lanes if lane in choices]
-            try:
-                self._advance(request, lanes, choices)
-            except Exception as error:  # such as text that cannot be decoded: this request's own, the others go on
-                self._fail(request, repr(error))
+        for lane in drawn:
+            lane.num_expected += 1
+        self._flights.append(Flight(schedule, dict(zip(drawn, settings, strict=True)), wanted, draw))
 
-    def _advance(self, request: Request, lanes: list[TokenSequence], choices: Choices) -> None:
+    def _update(self, ahead: int) -> None:
+        """Wait for all but so many steps: append their tokens, tell the callers, and end what has ended."""
+        while len(self._flights) > ahead:
+            flight = self._flights.popleft()
+            try:
+                choices = flight.land()
+            except RanksError:
+                raise
+            except Exception as error:  # the device's: it cannot be told whose request it was
+                self._fail_all(flight.schedule, error)
+                continue
+            for request in flight.schedule.requests:
+                lanes = [lane for lane in request.lanes if lane in choices]
+                try:
+                    self._advance(request, lanes, choices)
+                except Exception as error:  # such as text that cannot be decoded: this request's own, the others go on
+                    self._fail(request, repr(error))
+
+    def _advance(self, request: Request, lanes: list[TokenSequence], choices: Mapping[TokenSequence, Choice]) -> None:
         if not lanes:
             return
         if not all(choices[lane].is_finite for lane in lanes):
@@ -187,6 +188,10 @@ class RequestLoop:
             self._retire(lane, reason)
         log_probs = (choice.log_prob,) if lane.request.parameters.return_log_probs else None
         self._tell(lane.request, lane.index, text, (choice.token,), log_probs, reason)
+
+    def _fail_all(self, schedule: Schedule, error: Exception) -> None:
+        for request in schedule.requests:
+            self._fail(request, f"the step failed: {error!r}")
 
     def _fail(self, request: Request, message: str) -> None:
         if not request.is_closed:
@@ -245,18 +250,6 @@ def _wants_logits(lane: TokenSequence) -> bool:
 
 def _ignore(update: Update) -> None:
     """Takes the place of a callback that has failed."""
-
-
-def _sampled_rows(schedule: Schedule) -> dict[TokenSequence, int]:
-    """The row of logits for each sequence that gets a token; sequences that have not forked share the trunk's."""
-    rows: dict[TokenSequence, int] = {}
-    count = 0
-    for chunk in schedule.chunks:
-        count += len(chunk.output_positions)
-        if chunk.is_sampled:
-            request = chunk.sequence.request
-            rows |= dict.fromkeys([chunk.sequence] if request.is_forked else request.lanes, count - 1)
-    return rows
 
 
 def _keep_context_logits(schedule: Schedule, logits: Logits) -> None:

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One line of tokens: the prompt, then what was generated. Tokens from `num_computed` on are not in the cache."""
+    """One line of tokens: the prompt, then what was generated. Tokens from `num_computed` on are not in the cache.
+
+    Where steps are started before the tokens of the last one are known, `num_expected` tokens follow the known ones.
+    """
 
     request: Request
     index: int
     tokens: list[int]
     num_computed: int = 0
+    num_expected: int = 0
     table: BlockTable = field(default_factory=BlockTable)
     text: str = ""
     log_probs: list[float] = field(default_factory=list)
@@ -41,6 +45,7 @@ class TokenSequence:
     def append(self, token: int, log_prob: float) -> None:
         """Add a generated token."""
         self.tokens.append(token)
+        self.num_expected -= 1
         self.log_probs.append(log_prob)
         self.cumulative_log_prob += log_prob
         if self.counts:
@@ -53,6 +58,17 @@ class TokenSequence:
     def finish_text(self) -> tuple[str, bool]:
         """Text that was held back, and whether it ends in a stop word."""
         return self.writer.finish() if self.writer else ("", False)
+
+    @property
+    def length(self) -> int:
+        """Tokens, those that started steps will bring included."""
+        return len(self.tokens) + self.num_expected
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether another token is wanted after those that are expected."""
+        parameters, prompt = self.request.parameters, self.request.prompt_token_ids
+        return not self.num_expected or self.length < len(prompt) + parameters.max_tokens
 
     @property
     def num_pending(self) -> int:
@@ -103,6 +119,11 @@ class Request:
         """Places that the request takes of max_batch_size; beams share one (max_beam_width multiplies it)."""
         return 1 if self.beams else len(self.lanes)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether what the last step chose must be known before the next one can be started."""
+        return self.beams is not None or self.constraints.follow_tokens
+
     def targets(self) -> list[tuple[TokenSequence, int]]:
         """Sequences that may advance now, each with the position that it may reach."""
         if len(self.lanes) > 1 and not self.is_forked:
@@ -110,7 +131,7 @@ class Request:
         if self.beams and any(lane.num_pending > 1 for lane in self.lanes) and len(self.lanes) > 1:
             # Beams are compared with each other: none may take its next token before all have caught up.
             return [(lane, len(lane.tokens) - 1) for lane in self.lanes if lane.num_pending > 1]
-        return [(lane, len(lane.tokens)) for lane in self.lanes]
+        return [(lane, lane.length) for lane in self.lanes if lane.may_grow]
 
 
 def most_blocks(prompt_length: int, total_length: int, lanes: int, block_size: int) -> int:

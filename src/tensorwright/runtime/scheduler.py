@@ -29,11 +29,7 @@ class Chunk:
     start: int
     end: int
     output_positions: tuple[int, ...]
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the step gives the sequence its next token: nothing of it is left to compute."""
-        return self.end == len(self.sequence.tokens)
+    is_sampled: bool  # the step gives the sequence its next token: nothing of it is left to compute
 
 
 @dataclass
@@ -54,7 +50,11 @@ class Schedule:
 
 
 class Scheduler:
-    """Holds the waiting and the running requests; `schedule`, run the chunks, `complete`, and so on."""
+    """Holds the waiting and the running requests; `schedule`, start the chunks, `complete`, and so on.
+
+    What is computed counts as such when its step has started: every later step finds it, and blocks that are given
+    back are written by later steps only. So the next step can be scheduled before the last one's tokens are known.
+    """
 
     def __init__(self, blocks: BlockManager, *, max_num_tokens: int, max_seats: int) -> None:
         self.blocks = blocks
@@ -77,17 +77,16 @@ class Scheduler:
         self._plan_prefills(step, self.running)
         if not step.is_short:
             self._admit(step)
-        while not step.chunks and len(self.running) > 1:
+        while step.is_short and not step.chunks and len(self.running) > 1:
             self._preempt(self.running[-1])
             self._plan_prefills(step, self.running)
         return step
 
     def complete(self, step: Schedule) -> None:
-        """Note that a step was computed: before its new tokens are appended."""
+        """Note that a step was started: before its new tokens are expected."""
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            sequence.num_computed = chunk.end
-            self.blocks.seal(sequence.table, sequence.tokens, chunk.end)
+            chunk.sequence.num_computed = chunk.end
+            self._seal(chunk.sequence)
         for request in step.requests:
             trunk = request.lanes[0]
             if len(request.lanes) > 1 and not request.is_forked and trunk.num_computed == len(request.prompt_token_ids):
@@ -105,13 +104,13 @@ class Scheduler:
 
     def drop(self, sequence: TokenSequence) -> None:
         """Take a sequence that has ended out of its request."""
-        self.blocks.release(sequence.table)
+        self._release(sequence)
         sequence.request.lanes.remove(sequence)
 
     def remove(self, request: Request) -> None:
         """Forget a request and free its blocks at once. One that is not here is ignored."""
         for lane in request.lanes:
-            self.blocks.release(lane.table)
+            self._release(lane)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -180,7 +179,7 @@ class Scheduler:
 
     def _needs_block(self, lane: TokenSequence) -> bool:
         """Whether a running sequence's next token takes a block: the next decodes would preempt who took the last."""
-        return lane.request.is_forked or len(lane.tokens) >= len(lane.table.blocks) * self.blocks.block_size
+        return lane.request.is_forked or lane.length >= len(lane.table.blocks) * self.blocks.block_size
 
     def _start(self, request: Request, growth: Growth) -> None:
         self.blocks.grow(growth)  # all of its prompt: what is admitted can be computed
@@ -193,7 +192,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         for lane in request.lanes:
-            self.blocks.release(lane.table)
+            self._release(lane)
             lane.num_computed = 0
         request.is_forked = False
         self.running.remove(request)
@@ -209,11 +208,20 @@ class Scheduler:
         if self._wants_context(request):
             positions += range(max(start, request.num_context_rows), min(end, len(request.prompt_token_ids)))
             step.context_rows_left -= len(positions)
-        if end == len(lane.tokens) and end - 1 not in positions[-1:]:
+        is_sampled = end == lane.length
+        if is_sampled and end - 1 not in positions[-1:]:
             positions.append(end - 1)
         step.tokens_left -= end - start
-        step.chunks.append(Chunk(lane, start, end, tuple(positions)))
+        step.chunks.append(Chunk(lane, start, end, tuple(positions), is_sampled))
         step.planned.add(lane)
+
+    def _seal(self, lane: TokenSequence) -> None:
+        """Offer its full blocks to others: those whose tokens are all known."""
+        self.blocks.seal(lane.table, lane.tokens, min(lane.num_computed, len(lane.tokens)))
+
+    def _release(self, lane: TokenSequence) -> None:
+        self._seal(lane)
+        self.blocks.release(lane.table)
 
     def _fork(self, parent: TokenSequence, children: list[TokenSequence]) -> None:
         for child in children:

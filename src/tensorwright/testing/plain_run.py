@@ -26,9 +26,9 @@ class Harness:
 
     def __init__(self, *, limits: Limits = LIMITS, num_blocks: int = 64, block_size: int = 4, vocab_size: int = 32,
                  block_reuse: bool = True, tokenizer: Tokenizer | None = None, end_ids: Sequence[int] = END_IDS,
-                 logits: LogitsFunction | None = None) -> None:
+                 logits: LogitsFunction | None = None, runs_ahead: bool = False) -> None:
         self.executor = FakeExecutor(vocab_size=vocab_size, num_blocks=num_blocks, block_size=block_size,
-                                     max_num_tokens=limits.max_num_tokens, logits=logits)
+                                     max_num_tokens=limits.max_num_tokens, logits=logits, runs_ahead=runs_ahead)
         self.loop = RequestLoop(self.executor, limits, block_reuse=block_reuse)
         self.factory = RequestFactory(limits, vocab_size=vocab_size, end_ids=end_ids, tokenizer=tokenizer,
                                       num_blocks=num_blocks, block_size=block_size)

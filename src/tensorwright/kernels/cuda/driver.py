@@ -1,4 +1,7 @@
-"""Cubins loaded and kernels launched through the CUDA driver. It knows no engine and no op."""
+"""Cubins loaded and kernels launched through the CUDA driver. It knows no engine and no op.
+
+A prompt takes hundreds of launches: each is one call through ctypes with everything prepared in memory.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,23 @@ from cuda.bindings import driver
 from tensorwright.errors import EngineError
 
 KINDS: dict[str, Any] = {"pointer": ctypes.c_void_p, "int": ctypes.c_int32, "float": ctypes.c_float}
+LAUNCH, LAUNCH_VERSION = b"cuLaunchKernelEx", 12000
+OVERLAP = int(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, whose value is one int."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("unused", ctypes.c_int * 15))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("grid_z", ctypes.c_uint),
+                ("block_x", ctypes.c_uint), ("block_y", ctypes.c_uint), ("block_z", ctypes.c_uint),
+                ("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint))
 
 
 class Function:
@@ -29,18 +49,16 @@ class Call:
     def __init__(self, function: Function, threads: int, shared_bytes: int, overlap: bool,
                  kinds: Sequence[str | Sequence[str]]) -> None:
         """`kinds`: "pointer", "int" or "float" for each parameter; a sequence of them for a structure by value."""
-        self._function = function
-        self._config = driver.CUlaunchConfig()
-        self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = threads, 1, 1
-        self._config.sharedMemBytes = shared_bytes
-        if overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            self._config.attrs, self._config.numAttrs = [attribute], 1
+        attribute = _Attribute(OVERLAP, value=1)
+        self._configuration = _Configuration(1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(attribute),
+                                             int(overlap))
         self._values = [_structure(kind) for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
         self._fields = [(value, field[0]) for value in self._values for field in value._fields_]
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+        self._start = prototype(int(checked(driver.cuGetProcAddress(LAUNCH, LAUNCH_VERSION, 0))[0]))
+        self._given = (ctypes.addressof(self._configuration), int(function.handle), ctypes.addressof(self._pointers),
+                       None)
 
     def set(self, index: int, value: int | float) -> None:
         """Argument `index`, counted through all structures."""
@@ -49,10 +67,11 @@ class Call:
 
     def launch(self, grid: Sequence[int], stream: int) -> None:
         """Start it after what the stream holds; with `overlap`, it waits for that by itself."""
-        config = self._config
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.hStream = driver.CUstream(stream)
-        checked(driver.cuLaunchKernelEx(config, self._function.handle, ctypes.addressof(self._pointers), 0))
+        configuration = self._configuration
+        configuration.grid_x, configuration.grid_y, configuration.grid_z = grid
+        configuration.stream = stream
+        if status := self._start(*self._given):
+            checked((driver.CUresult(status),))
 
 
 def load_module(cubin: bytes) -> Any:

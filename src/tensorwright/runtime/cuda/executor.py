@@ -17,10 +17,10 @@ from tensorwright.engine.engine import Engine
 from tensorwright.errors import RanksError, UsageError
 from tensorwright.kernels.cuda.driver import current_context, use_context
 from tensorwright.kernels.cuda.targets import check_target
-from tensorwright.runtime.batch import Batch, Floats, Ints, SamplingRow
+from tensorwright.runtime.batch import Batch, SamplingRow
 from tensorwright.runtime.communicator import Communicator, check_ranks
 from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes_of
-from tensorwright.runtime.cuda.logits import DeviceLogits
+from tensorwright.runtime.cuda.logits import DeviceLogits, LateDraw, Results
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
 from tensorwright.runtime.cuda.plan import Plan
 from tensorwright.runtime.cuda.sampling import choose, is_greedy
@@ -30,7 +30,9 @@ NOT_IN_NUMPY: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16,
 
 
 class CudaExecutor:
-    """`runtime.batch.Executor` over an engine's cubins."""
+    """`runtime.batch.Executor` over an engine's cubins. Everything runs on one stream, in the order of the calls."""
+
+    runs_ahead = False  # no kernel yet puts a token that was just drawn into the next step
 
     def __init__(self, engine: Engine, *, num_blocks: int, communicator: Communicator | None = None,
                  graphs: bool = True, stretches: bool = True) -> None:
@@ -63,6 +65,7 @@ class CudaExecutor:
 
     def _bind(self, max_outputs: int) -> None:
         """Memory for so many rows of logits; graphs of other memory are dropped."""
+        torch.cuda.synchronize(self.device)  # a step may still use what is given up here
         self._max_outputs = max_outputs
         rows = {"tokens": max(self._max_tokens, self._buckets[-1]), "outputs": max_outputs}
         self._activations = Activations(self.engine, rows, self.device)
@@ -71,17 +74,13 @@ class CudaExecutor:
                           stretches=self._stretches_wanted)
         self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
         self._graphs_address = self._inputs.address
-        self._chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, device=self.device)
-        self._host_chosen = torch.zeros((max_outputs, 4), dtype=torch.float32, pin_memory=True)
+        self._results = Results(max_outputs, self.device)
 
     def execute(self, batch: Batch) -> DeviceLogits:
         """Logits float32 [R, vocab] on the device, overwritten by the next call, with the greedy choice of each row."""
-        outputs = batch.output_rows.shape[0]
         with torch.cuda.stream(self._stream), torch.no_grad():
             self._run(batch, 0, len(self.program.ops))
-            self._host_chosen[:outputs].copy_(self._chosen[:outputs], non_blocking=True)
-        self._stream.synchronize()
-        return DeviceLogits(self.logits[:outputs], self._host_chosen.numpy()[:outputs].copy())
+        return DeviceLogits(self.logits[:batch.output_rows.shape[0]], self._stream)
 
     def execute_range(self, batch: Batch, begin: int, end: int) -> None:
         """Run the ops begin .. end − 1 only; what earlier ops would have written must be in their buffers."""
@@ -111,10 +110,10 @@ class CudaExecutor:
 
     def _launch(self, begin: int, end: int, sizes: Sizes, inputs: dict[str, int]) -> None:
         """Ops one after the other and, after the last, the greedy choice."""
-        stream = self._stream.cuda_stream
+        stream, results = self._stream.cuda_stream, int(self._results.memory.data_ptr())
         self._plan.run(begin, end, sizes, inputs, stream)
         if end == len(self.program.ops) and sizes.outputs:
-            self._plan.choose(sizes.outputs, int(self.logits.data_ptr()), int(self._chosen.data_ptr()), stream)
+            self._plan.choose(sizes.outputs, int(self.logits.data_ptr()), results, stream)
 
     def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
         """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
@@ -125,14 +124,18 @@ class CudaExecutor:
         graph = self._graphs[key]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # torch.cuda.graph would wait, and collect garbage
+            try:
                 self._launch(0, len(self.program.ops), bucket, inputs)
+            finally:
+                graph.capture_end()
             self._graphs[key] = graph
         graph.replay()
         return True
 
     def buffer(self, name: str) -> NDArray[Any]:
         """A copy of a buffer: caches whole, activations [rows, columns]."""
+        self._stream.synchronize()
         cache = self._caches.tensors.get(name)
         if cache is None:
             return np.asarray(self._activations.buffer(name, int(self.program.buffers[name].shape[1])).cpu().numpy())
@@ -140,13 +143,13 @@ class CudaExecutor:
             return np.asarray(cache.view(torch.uint8).cpu().numpy()).view(NOT_IN_NUMPY[cache.dtype])
         return np.asarray(cache.cpu().numpy())
 
-    def sample(self, logits: DeviceLogits, rows: Sequence[SamplingRow]) -> tuple[Ints, Floats]:
+    def sample(self, logits: DeviceLogits, rows: Sequence[SamplingRow]) -> LateDraw:
         """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
-        if all(is_greedy(row) for row in rows):
-            return logits.greedy
         with torch.cuda.stream(self._stream), torch.no_grad():
-            tokens, log_probs = choose(logits.values, rows)
-            return tokens.cpu().numpy().astype(np.int32), log_probs.cpu().numpy()
+            if not (logits.is_whole and all(is_greedy(row) for row in rows)):
+                lines = logits.lines
+                self._results.put(*choose(lines, rows), lines.sum(dim=1))
+            return self._results.send(len(rows))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer."""

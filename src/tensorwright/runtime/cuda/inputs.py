@@ -1,8 +1,13 @@
-"""A step's arrays on the device: packed into one pinned piece, sent in one copy. It knows the batch's layout only."""
+"""A step's arrays on the device: packed into one pinned piece, sent in one copy. It knows the batch's layout only.
+
+The device has them once: steps follow each other there. The host has them twice, so that one step can be packed while
+the copy of the last one waits for its turn.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,21 +47,27 @@ class Sizes:
 
 
 class Inputs:
-    """Device memory for the largest step, and pinned memory of the same size."""
+    """Device memory for the largest step, and twice the same in pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._turn = device, 0
+        self._copied: list[Any] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # no types
+        self._pinned: list[torch.Tensor]
+        self._memory: torch.Tensor
         self._grow(1 << 14)
 
     def send(self, batch: Batch, sizes: Sizes) -> dict[str, int]:
-        """Copy a batch, padded to `sizes`, and give the address of each array. The last copy must have ended.
+        """Copy a batch, padded to `sizes`, on the current stream, and give the address of each array.
 
         Padding is of sequences without tokens, and of tokens whose keys and values go nowhere.
         """
         starts, end = sizes.offsets()
-        if end > self._pinned.shape[0]:
+        if end > self._memory.shape[0]:
             self._grow(end)
-        numbers = self._pinned.numpy()
+        self._turn = 1 - self._turn
+        pinned, copied = self._pinned[self._turn], self._copied[self._turn]
+        copied.synchronize()
+        numbers = pinned.numpy()
         for name, start in starts.items():
             array = getattr(batch, name)
             into = numbers[start:start + sizes.of(name)]
@@ -65,7 +76,8 @@ class Inputs:
                 into.reshape(sizes.sequences, -1)[:array.shape[0], :array.shape[1]] = array
             else:
                 into[:array.shape[0]] = array
-        self._memory[:end].copy_(self._pinned[:end], non_blocking=True)
+        self._memory[:end].copy_(pinned[:end], non_blocking=True)
+        copied.record()
         base = int(self._memory.data_ptr())
         return {name: base + 4 * start for name, start in starts.items()}
 
@@ -75,7 +87,8 @@ class Inputs:
         return int(self._memory.data_ptr())
 
     def _grow(self, ints: int) -> None:
-        self._pinned = torch.zeros(ints, dtype=torch.int32, pin_memory=True)
+        torch.cuda.synchronize(self._device)  # a step may still read what is given up here
+        self._pinned = [torch.zeros(ints, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._memory = torch.zeros(ints, dtype=torch.int32, device=self._device)
 
 

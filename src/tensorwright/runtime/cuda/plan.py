@@ -10,7 +10,7 @@ import torch
 
 from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.driver import Call, Function, load_module
-from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, is_library_call, scratch_offsets
+from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, is_library_call, scratch_offsets
 from tensorwright.kernels.cuda.sample import GREEDY
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.program.program import Op
@@ -25,8 +25,16 @@ class _Bound:
     """A launch, and which of its arguments a step changes: (index, "inputs.positions" or "sizes.rows")."""
 
     call: Call
-    grid: tuple[Size, Size, Size]
     changing: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What a step means to an entry: arguments that change, by name; scratch memory; the grids of its launches."""
+
+    arguments: Mapping[str, int]
+    offsets: Mapping[str, int]
+    grids: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -60,31 +68,46 @@ class Plan:
     def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
         """Launch ops begin .. end − 1 on the stream, over batch inputs at these addresses."""
         symbols = {"one": 1, "processors": self._processors, **vars(sizes)}
+        resolved: dict[tuple[str, int], _Resolved] = {}
         if (entry := self.stretch(begin, end, sizes)) is not None:
-            self._run_entry(None, (begin, entry), self._entries[entry], symbols, inputs, stream)
+            self._run_entry(None, (begin, entry), symbols, inputs, stream, resolved)
             return
         for index in range(begin, end):
             op = self._engine.program.ops[index]
             symbols["rows"] = symbols[str(self._engine.program.buffers[op.outputs[0]].shape[0])]
             symbol = self._engine.steps[index].at(symbols["rows"]).symbol
             if symbols["rows"] > 0:
-                self._run_entry(op, (index, symbol), self._entries[symbol], symbols, inputs, stream)
+                self._run_entry(op, (index, symbol), symbols, inputs, stream, resolved)
 
     def stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
         """The entry that runs these very ops at once, at these sizes on this GPU."""
         return stretch_for(self._facts["stretches"] if self._uses_stretches else (), begin, end, sizes,
                            self._processors)
 
-    def _run_entry(self, op: Op | None, key: tuple[int, str], source: GpuSource, symbols: Symbols, inputs: Symbols,
-                   stream: int) -> None:
+    def _run_entry(self, op: Op | None, key: tuple[int, str], symbols: Symbols, inputs: Symbols, stream: int,
+                   resolved: dict[tuple[str, int], _Resolved]) -> None:
+        """`resolved`: of the step so far; the layers of a model share their entries."""
         if key not in self._bound:
-            self._bound[key] = self._bind(op, source)
-        offsets = scratch_offsets(dict(source.scratch), symbols)[0]
-        for launch in self._bound[key]:
+            self._bound[key] = self._bind(op, self._entries[key[1]])
+        entry = key[1], symbols.get("rows", 0)
+        if entry not in resolved:
+            resolved[entry] = self._resolve(self._entries[key[1]], symbols, inputs)
+        now = resolved[entry]
+        for launch, grid in zip(self._bound[key], now.grids, strict=True):
             if isinstance(launch, _Matmul):
-                self._multiply(launch, offsets, symbols["rows"])
-            else:
-                self._launch(launch, symbols, inputs, offsets, stream)
+                self._multiply(launch, now.offsets, symbols["rows"])
+                continue
+            for index, name in launch.changing:
+                launch.call.set(index, now.arguments[name])
+            launch.call.launch(grid, stream)
+
+    def _resolve(self, source: GpuSource, symbols: Symbols, inputs: Symbols) -> _Resolved:
+        offsets, scratch = scratch_offsets(dict(source.scratch), symbols)[0], int(self._activations.scratch.data_ptr())
+        arguments = {f"{kind}.{name}": value for kind, named in (("sizes", symbols), ("inputs", inputs))
+                     for name, value in named.items()}
+        arguments |= {f"scratch.{name}": scratch + offset for name, offset in offsets.items()}
+        return _Resolved(arguments, offsets, tuple(tuple(size.at(symbols) for size in launch.grid)
+                                                   for launch in source.launches))
 
     def choose(self, rows: int, logits: int, chosen: int, stream: int) -> None:
         """The greedy choice of each row, over logits and into tw::Chosen at these addresses."""
@@ -94,15 +117,6 @@ class Plan:
         for index, address in enumerate((logits, chosen)):
             self._greedy.set(index, address)
         self._greedy.launch([size.at({"rows": rows, "one": 1}) for size in launch.grid], stream)
-
-    def _launch(self, launch: _Bound, symbols: Symbols, inputs: Symbols, offsets: Symbols, stream: int) -> None:
-        for index, name in launch.changing:
-            kind, _, what = name.partition(".")
-            if kind == "scratch":
-                launch.call.set(index, int(self._activations.scratch.data_ptr()) + offsets[what])
-            else:
-                launch.call.set(index, symbols[what] if kind == "sizes" else inputs[what])
-        launch.call.launch([size.at(symbols) for size in launch.grid], stream)
 
     def _multiply(self, m: _Matmul, offsets: Symbols, rows: int) -> None:
         """C = a · bᵀ, 16-bit numbers, float32 sums and results."""
@@ -134,7 +148,7 @@ class Plan:
                 changing.append((index, changed))
             else:
                 call.set(index, self._address(op, argument, memory) if isinstance(argument, str) else argument)
-        return _Bound(call, launch.grid, tuple(changing))
+        return _Bound(call, tuple(changing))
 
     def _call(self, launch: Launch) -> Call:
         kinds = [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments]
