@@ -18,7 +18,7 @@ from tensorwright.kernels.cuda.launch import from_json, to_json
 from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
 from tensorwright.runtime.llm import LLM
 from tensorwright.testing.cubin import argument_sizes, parameter_sizes
-from tensorwright.testing.engines import Recipe, build_dummy, build_engine
+from tensorwright.testing.engines import INT4, Recipe, build_dummy, build_engine
 from tensorwright.testing.tiny import TinyModel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
@@ -70,11 +70,15 @@ def test_every_kernel_fits_every_target(target: str, recipe: Recipe, tmp_path: P
                 assert function["shared_bytes"] + launch.shared_bytes <= SHARED_BYTES[target], launch.function
 
 
-def test_a_plain_decoder_gets_a_stretch_for_every_bucket(tmp_path: Path) -> None:
-    folder = build_dummy(LARGER, tmp_path, "float16", target="sm_90")
+@pytest.mark.parametrize(("flags", "in_one_launch"), [
+    (INT4, [1, 2]), (("--use_weight_only",), []), (("--use_fp8_rowwise",), []), ((), [])],
+    ids=["int4", "int8", "float8", "float16"])
+def test_a_plain_decoder_gets_a_stretch_for_every_bucket(flags: tuple[str, ...], in_one_launch: list[int],
+                                                         tmp_path: Path) -> None:
+    folder = build_dummy(LARGER, tmp_path, "float16", flags, target="sm_90")
     facts = kernels_of(folder)
     check_arguments(folder)
-    assert [stretch["tokens"] for stretch in facts["stretches"]] == [1, 2, 1, 2, 4, 8, 16, 32, 64]
+    assert [stretch["tokens"] for stretch in facts["stretches"]] == [*in_one_launch, 1, 2, 4, 8, 16, 32, 64]
     for stretch in facts["stretches"]:
         source = from_json(facts["entries"][stretch["entry"]])
         assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))

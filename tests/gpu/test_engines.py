@@ -16,7 +16,7 @@ from tensorwright.runtime.llm import LLM
 from tensorwright.runtime.parameters import SamplingParameters
 from tensorwright.runtime.sampling import choose
 from tensorwright.testing.differential import compare_steps
-from tensorwright.testing.engines import Recipe, build_dummy, build_engine
+from tensorwright.testing.engines import INT4, Recipe, build_dummy, build_engine
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
@@ -74,16 +74,19 @@ def test_a_recorded_step_gives_the_bits_of_a_launched_one(engine_dir: Path) -> N
                                           np.asarray(launched.execute(batch)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "flags", "stretches"), [
+    ("float16", INT4, 9), ("bfloat16", INT4, 9), ("bfloat16", ("--use_weight_only",), 7),
+    ("float16", ("--use_fp8_rowwise", "--quantize_lm_head"), 7), ("bfloat16", (), 7)])
+def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, flags: tuple[str, ...], stretches: int,
+                                             tmp_path: Path) -> None:
     """Steps of up to 64 sequences in fewer launches against the same steps op by op: logits, then caches."""
     from tensorwright.runtime.cuda.executor import CudaExecutor
 
     model = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                       vocab_size=2048)
-    engine = Engine.open(build_dummy(model, tmp_path, dtype, target="native", tokens_per_block=16, max_seq_len=512,
-                                     max_num_tokens=1024))
-    assert len(engine.manifest["kernels"]["stretches"]) == 9
+    engine = Engine.open(build_dummy(model, tmp_path, dtype, flags, target="native", tokens_per_block=16,
+                                     max_seq_len=512, max_num_tokens=1024))
+    assert len(engine.manifest["kernels"]["stretches"]) == stretches
     fused, plain = (CudaExecutor(engine, num_blocks=128, stretches=stretches) for stretches in (True, False))
     for lengths in ((300,), (300, 17), (5, 40, 1), (300, 1, 33, 60, 7), (9,) * 16, (31, 2) * 10, (3,) * 60):
         prompt = make_batch([(n, n) for n in lengths], 16, num_outputs=1)[0]

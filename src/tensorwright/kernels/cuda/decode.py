@@ -35,7 +35,7 @@ def _fits(shapes: Shapes, tokens: int) -> bool:
     group = shapes.heads // shapes.kv_heads
     widest = max(shapes.ffn, shapes.hidden)
     widths = (shapes.hidden, shapes.heads * HEAD, shapes.ffn)
-    return (KEY_CHUNK % shapes.block_size == 0
+    return (KEY_CHUNK % shapes.block_size == 0 and shapes.weight.group_size > 0
             and all(width % (STAGE_UNITS * units.UNIT_INPUTS) == 0 for width in widths)
             and shapes.hidden * tokens % 1024 == 0 and shapes.hidden * tokens <= 32 * 32 * WARPS and group <= 8
             and WARPS * group * HEAD * 4 <= widest * tokens * 2)

@@ -42,7 +42,7 @@ class _Chain:
     @property
     def number(self) -> str:
         """The C++ type of activations."""
-        return NATIVE_TYPES[self.shapes.weight.scale_dtype]
+        return NATIVE_TYPES[self.shapes.number]
 
     @property
     def order(self) -> str:

@@ -17,6 +17,7 @@ class Shapes:
     """What the layers have in common."""
 
     weight: Weight  # as all four linears of a layer are held
+    number: str  # the 16-bit dtype of products, and of the cache
     hidden: int
     heads: int
     kv_heads: int
@@ -71,16 +72,17 @@ def _shapes_of_layer(ops: tuple[Op, ...], program: Program) -> Shapes | None:
     qkv, rope, attention, dense, fc_gate, proj = ops
     linears = (qkv, dense, fc_gate, proj)
     held = [program.weights[op.weights["weight"]] for op in linears]
-    a, cache = attention.attributes, program.buffers[rope.outputs[1]]
+    a, cache, number = attention.attributes, program.buffers[rope.outputs[1]], held[0].scale_dtype or held[0].dtype
     is_plain = (
         all("bias" not in op.weights for op in linears) and set(rope.weights) == {"inverse_frequencies"}
         and ["norm" in op.weights for op in linears] == [True, False, True, False]
         and [len(op.inputs) for op in linears] == [1, 2, 1, 2] and proj.attributes["gate"] == "silu"
-        and len({(w.dtype, w.group_size, w.scale_dtype) for w in held}) == 1 and held[0].group_size > 0
+        and len({(w.dtype, w.group_size, w.scale_dtype) for w in held}) == 1
         and a["head_size"] == HEAD and rope.attributes["attention_factor"] == 1.0
         and program.weights[rope.weights["inverse_frequencies"]].shape == (HEAD // 2,)
-        and cache.dtype == held[0].scale_dtype and int(cache.shape[3]) % 16 == 0)
+        and cache.dtype == number and int(cache.shape[3]) % 16 == 0)
     if not is_plain:
         return None
     weight = Weight("", (0, 0), held[0].dtype, held[0].group_size, held[0].scale_dtype)
-    return Shapes(weight, held[0].shape[1], a["num_heads"], a["num_kv_heads"], held[3].shape[1], int(cache.shape[3]))
+    return Shapes(weight, number, held[0].shape[1], a["num_heads"], a["num_kv_heads"], held[3].shape[1],
+                  int(cache.shape[3]))
