@@ -18,6 +18,7 @@ from tensorwright.program.program import Op, Program
 
 Array = NDArray[Any]
 FLOAT8, LARGEST_FLOAT8 = ml_dtypes.float8_e4m3fn, np.float32(448)
+SMALLEST = np.float32(2.0**-100)
 
 
 class Communicator(NamedTuple):
@@ -77,8 +78,12 @@ def to_float8(x: Array) -> Array:
 
 
 def round_to_float8(x: Array) -> Array:
-    """float32 [rows, K] after rounding each row to float8_e4m3 and back, with the scale max|x| / 448."""
+    """float32 [rows, K] after rounding each row to float8_e4m3 and back, with the scale max|x| / 448.
+
+    Rows whose numbers are all below `SMALLEST` become zeros: the scale's reciprocal would overflow.
+    """
     largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
+    largest[largest < SMALLEST] = 0
     inverse = np.divide(LARGEST_FLOAT8, largest, out=np.zeros_like(largest), where=largest > 0)
     return np.asarray(to_float8(x * inverse).astype(np.float32) * (largest / LARGEST_FLOAT8))
 
