@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/de
 DEV := .venv-dev/bin
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu lines clean
+.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu sanitize-gpu lines clean
 
 demo: .venv/ready
 	.venv/bin/python scripts/demo.py
@@ -36,6 +36,12 @@ accuracy: .venv-dev/ready
 GPU_PYTHON ?= $(DEV)/python
 test-gpu:
 	$(GPU_PYTHON) -m pytest -q -rs tests/gpu
+
+# Kernels of small engines under compute-sanitizer, a part of the CUDA toolkit.
+sanitize-gpu:
+	$(GPU_PYTHON) scripts/sanitize_gpu.py build build/sanitize
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) scripts/sanitize_gpu.py run build/sanitize
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) scripts/sanitize_gpu.py run build/sanitize
 
 lines:
 	@python3 scripts/check_structure.py --lines

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tensorwright.engine.engine import Engine
+from tensorwright.errors import LimitError
 from tensorwright.kernels.cuda.launch import Launch, Size, from_json, scratch_offsets
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.runtime.batch import SamplingRow
@@ -90,3 +91,25 @@ def test_sizes_and_scratch() -> None:
     assert Size("tokens", per=64, times=3).at({"tokens": 65}) == 6
     assert scratch_offsets({"x": Size("rows", times=10), "y": Size(times=300)}, {"rows": 7, "one": 1}) == (
         {"x": 0, "y": 256}, 768)
+
+
+def test_a_gpu_that_is_too_small_is_answered_with_the_largest_step_that_fits(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
+    from tensorwright.runtime import machines
+    from tensorwright.runtime.llm import LLM
+    from tensorwright.testing.fake_executor import FakeExecutor
+
+    def open_with(max_num_tokens: int) -> LLM:
+        build = {"target": "sm_90", "max_seq_len": 64, "max_num_tokens": max_num_tokens}
+        engine_dir = build_engine(Recipe(TinyModel("mistral", head_size=32), "float16", "W4A16", build=build), tmp_path)
+        return LLM(engine_dir, executor=FakeExecutor())
+
+    monkeypatch.setattr(machines._Gpu, "available_bytes", lambda self, engine, communicator: 900_000)
+    with pytest.raises(LimitError) as caught:
+        open_with(256)
+    found = int((caught.value.mend or "").rpartition("--max_num_tokens ")[2])
+    assert 16 < found < 255
+    assert open_with(found).memory_table()
+    with pytest.raises(LimitError):
+        open_with(found + 1)

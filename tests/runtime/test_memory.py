@@ -45,6 +45,27 @@ def test_too_little_memory_names_what_would_fit():
         plan(500, tokens=16)
 
 
+def needs_at(limits):
+    activations = 10 * limits.max_num_tokens + 5 * limits.max_batch_size
+    return Needs(weight_bytes=1000, activation_bytes=activations, kv_bytes_per_token=10, tokens_per_block=16)
+
+
+@pytest.mark.parametrize(("available", "mend"), [
+    (1000 + 300 + 20 + 1120, "--max_tokens_in_paged_kv_cache 64, or tensorwright build --checkpoint_dir C "
+                             "--output_dir E --max_batch_size 4 --max_num_tokens 30"),
+    (1000 + 160 + 10 + 1120, "--max_tokens_in_paged_kv_cache 48, or tensorwright build --checkpoint_dir C "
+                             "--output_dir E --max_batch_size 2 --max_num_tokens 16"),
+    (1000 + 160 + 4 + 1120, "--max_tokens_in_paged_kv_cache 48"),
+    (1100, "free some memory, or use a smaller model, fewer bits for each weight, or an int8 KV cache"),
+])
+def test_a_refusal_names_the_largest_settings_that_fit(available, mend):
+    """One sequence is 1,120 bytes; a step takes 10 bytes for each token, 16 tokens or more, and 5 for each sequence."""
+    with pytest.raises(LimitError) as caught:
+        plan_memory(LIMITS, needs_at(LIMITS), max_kv_tokens=None, kv_cache_fraction=1.0, available=available,
+                    needs_at=needs_at)
+    assert caught.value.mend == mend
+
+
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"fraction": 0.0}, {"fraction": 1.5}])
 def test_bounds_that_cannot_be_meant(wrong):
     with pytest.raises(UsageError):

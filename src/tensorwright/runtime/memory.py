@@ -6,8 +6,8 @@ the plan leaves room for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorwright.engine.limits import Limits
@@ -57,7 +57,7 @@ class MemoryPlan:
 
 
 def plan_memory(limits: Limits, needs: Needs, *, max_kv_tokens: int | None, kv_cache_fraction: float,
-                available: int) -> MemoryPlan:
+                available: int, needs_at: Callable[[Limits], Needs] | None = None) -> MemoryPlan:
     """Blocks for max_batch_size sequences of max_seq_len, or fewer: the smaller bound wins.
 
     Args:
@@ -66,6 +66,7 @@ def plan_memory(limits: Limits, needs: Needs, *, max_kv_tokens: int | None, kv_c
         max_kv_tokens: an upper bound in tokens; None: none.
         kv_cache_fraction: of the available memory that weights and activations leave, in (0, 1].
         available: bytes.
+        needs_at: what other limits would take, for a refusal that names the largest that fit.
 
     Raises:
         UsageError: a bound that cannot be meant.
@@ -76,8 +77,12 @@ def plan_memory(limits: Limits, needs: Needs, *, max_kv_tokens: int | None, kv_c
     if max_kv_tokens is not None and max_kv_tokens < 1:
         raise UsageError(f"max_kv_tokens must be 1 or more; got {max_kv_tokens}")
     block = needs.tokens_per_block
-    budget = int(kv_cache_fraction * (available - needs.weight_bytes - needs.activation_bytes))
-    fitting = max(0, budget) // (needs.kv_bytes_per_token * block)
+
+    def blocks_beside(taken: Needs) -> int:
+        room = int(kv_cache_fraction * (available - taken.weight_bytes - taken.activation_bytes))
+        return max(0, room) // (needs.kv_bytes_per_token * block)
+
+    fitting = blocks_beside(needs)
     wanted = limits.max_batch_size * limits.max_beam_width * -(-limits.max_seq_len // block)
     asked = wanted if max_kv_tokens is None else max(1, max_kv_tokens // block)
     least = min(asked, wanted if max_kv_tokens else -(-limits.max_seq_len // block))
@@ -89,9 +94,35 @@ def plan_memory(limits: Limits, needs: Needs, *, max_kv_tokens: int | None, kv_c
             f"{_gib(available)} are available, of which weights and activations take "
             f"{_gib(needs.weight_bytes + needs.activation_bytes)}, and {kv_cache_fraction:g} of the rest holds "
             f"{fitting * block} tokens",
-            mend=f"--max_tokens_in_paged_kv_cache {fitting * block}" if fitting else "free some memory, rebuild with a "
-            "smaller --max_num_tokens or --max_batch_size, or use a smaller model or int8 KV cache")
+            mend=_mend(limits, needs, fitting, lambda tried: needs_at is not None
+                       and blocks_beside(needs_at(tried)) >= least))
     return MemoryPlan(needs, min(asked, wanted, fitting), available)
+
+
+def _mend(limits: Limits, needs: Needs, fitting: int, fits: Callable[[Limits], bool]) -> str:
+    """The largest settings that fit: KV tokens, tokens of a step, and where no step is small enough, sequences."""
+    def tokens(count: int) -> Limits:
+        return replace(limits, max_num_tokens=max(count, min(needs.tokens_per_block, limits.max_num_tokens)))
+
+    def sequences(count: int) -> Limits:
+        return replace(tokens(count), max_batch_size=count)
+
+    ways = [f"--max_tokens_in_paged_kv_cache {fitting * needs.tokens_per_block}"] if fitting else []
+    found = _largest(limits.max_num_tokens, tokens, fits) or _largest(limits.max_batch_size, sequences, fits)
+    if found is not None:
+        ways.append("tensorwright build --checkpoint_dir C --output_dir E "
+                    f"--max_batch_size {found.max_batch_size} --max_num_tokens {found.max_num_tokens}")
+    return ", or ".join(ways) or ("free some memory, or use a smaller model, fewer bits for each weight, or an int8 KV "
+                                  "cache")
+
+
+def _largest(most: int, at: Callable[[int], Limits], fits: Callable[[Limits], bool]) -> Limits | None:
+    """Limits at the largest count from 1 to `most` that fits, where all smaller ones do; None: not even at 1."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(at(middle)) else (least, middle - 1)
+    return at(least) if least else None
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorwright.engine.engine import Engine
+from tensorwright.engine.limits import Limits
 from tensorwright.runtime.batch import Executor
 from tensorwright.runtime.communicator import Communicator, check_ranks
 from tensorwright.runtime.loop import RequestLoop
@@ -61,19 +62,19 @@ def _tokenizer(engine: Engine, tokenizer_dir: Path | None) -> Tokenizer | None:
 
 def _plan(engine: Engine, machine: Machine, max_kv_tokens: int | None, fraction: float,
           communicator: Communicator | None) -> MemoryPlan:
-    available = machine.available_bytes(engine, communicator)
-    needs = Needs(engine.weight_bytes, _activation_bytes(engine, machine), engine.kv_bytes_per_token,
-                  engine.tokens_per_block)
-    plan = plan_memory(engine.limits, needs, max_kv_tokens=max_kv_tokens, kv_cache_fraction=fraction,
-                       available=available)
+    def needs(limits: Limits) -> Needs:
+        return Needs(engine.weight_bytes, _activation_bytes(engine, machine, limits), engine.kv_bytes_per_token,
+                     engine.tokens_per_block)
+
+    plan = plan_memory(engine.limits, needs(engine.limits), max_kv_tokens=max_kv_tokens, kv_cache_fraction=fraction,
+                       available=machine.available_bytes(engine, communicator), needs_at=needs)
     if communicator is None:
         return plan
     # Every rank must schedule alike, and each has its own memory: the least number holds for all.
     return replace(plan, num_blocks=min(map(int, communicator.gather(str(plan.num_blocks).encode()))))
 
 
-def _activation_bytes(engine: Engine, machine: Machine) -> int:
-    limits = engine.limits
+def _activation_bytes(engine: Engine, machine: Machine, limits: Limits) -> int:
     rows = {"tokens": limits.max_num_tokens, "outputs": limits.max_batch_size * limits.max_beam_width}
     slots: int = sum(4 * rows[symbol] * columns for symbol, columns in engine.manifest["memory"]["slots"])
     return slots + machine.scratch_bytes(engine, rows)
