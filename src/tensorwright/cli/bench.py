@@ -91,6 +91,8 @@ class Measurement:
     output_len: int
     load_s: float
     peak_rss_bytes: int
+    device: str | None  # the GPU, and what the engine has taken of its memory
+    device_bytes: int | None
     bandwidth_bytes_s: float
     arithmetic_operations_s: Mapping[int, float] | None  # by the bits of the numbers that are multiplied
     prefill: Prefill
@@ -107,12 +109,14 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--output_len", type=_count, default=64, help="new tokens of each sequence, 2 or more")
     parser.add_argument("--threads", type=_count, help="threads (default: one per physical core)")
     parser.add_argument("--repeats", type=_count, default=3, help="times that each figure is measured")
-    parser.add_argument("--profile", action="store_true", help="also name the steps that the time goes to")
+    parser.add_argument("--profile", action="store_true",
+                        help="also name the steps that the time goes to; on a GPU the kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write the JSON file. Of several ranks, the first one speaks."""
+    from tensorwright.cli.bench_table import print_measurement
     from tensorwright.runtime.communicator import Communicator
 
     if arguments.json is not None:
@@ -125,7 +129,7 @@ def main(arguments: argparse.Namespace) -> int:
             communicator.close()
     if communicator is not None and communicator.rank > 0:
         return 0
-    _print(result)
+    print_measurement(result)
     if arguments.json is not None:
         text = json.dumps(asdict(result), indent=2) + "\n"
         write_whole(arguments.json, lambda file: file.write(text.encode()))
@@ -147,6 +151,7 @@ def measure(arguments: argparse.Namespace, communicator: Communicator | None) ->
     ttft_s = _first_token(llm, arguments.input_len, arguments.repeats)
     prompt_records = tuple(recorder.records) if recorder else ()
     peaks = [peak_memory_bytes()]  # the probes' own memory does not count
+    device, device_bytes = _device(llm.engine)
     read = _reader(llm.engine, threads)
     stretches = {batch: _decode(llm, batch, arguments, read, peaks) for batch in arguments.batch_sizes}
     limits = measure_limits(llm.engine, threads, [each for found in stretches.values() for each in found])
@@ -161,15 +166,21 @@ def measure(arguments: argparse.Namespace, communicator: Communicator | None) ->
                           tok_s=batch / step_s, bandwidth_bytes_s=_bandwidth(stretches[batch]))
                    for batch, step_s in tpots.items())
     profile: tuple[dict[str, Any], ...] = ()
-    if recorder:
+    if arguments.profile and is_gpu(llm.engine):
+        from tensorwright.cli.gpu_profile import trace_decode, trace_prefill
+
+        profile = (trace_prefill(llm, arguments.input_len, ttft_s, limits.bytes_s),
+                   *(trace_decode(llm, batch, arguments.input_len, arguments.output_len, step_s, limits.bytes_s)
+                     for batch, step_s in tpots.items()))
+    elif recorder:
         from tensorwright.cli.profile import profile_decode, profile_prefill
 
         profile = (profile_prefill(llm.engine, prompt_records, prompt_work, arguments.input_len, ttft_s),
                    *(profile_decode(llm.engine, recorder.records, step_work[batch], batch, kv_length, step_s)
                      for batch, step_s in tpots.items()))
     return Measurement(str(arguments.engine_dir), llm.engine.target, threads, arguments.input_len,
-                       arguments.output_len, load_s, max(peaks), limits.bytes_s, limits.operations_s, prefill, decode,
-                       profile)
+                       arguments.output_len, load_s, max(peaks), device, device_bytes, limits.bytes_s,
+                       limits.operations_s, prefill, decode, profile)
 
 
 def _open(arguments: argparse.Namespace, threads: int,
@@ -187,9 +198,8 @@ def _open(arguments: argparse.Namespace, threads: int,
         from tensorwright.cli.profile import RecordingExecutor
 
         engine = Engine.open(arguments.engine_dir, communicator.rank if communicator else 0)
-        if engine.metadata["architecture"] == "cuda":
-            raise UsageError("--profile times the steps of CPU engines only", mend="leave --profile out")
-        recorder = RecordingExecutor(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
+        if not is_gpu(engine):
+            recorder = RecordingExecutor(engine, num_blocks=num_blocks, threads=threads, communicator=communicator)
     llm = LLM(arguments.engine_dir, threads=threads, block_reuse=False, communicator=communicator,
               max_kv_tokens=num_blocks * size, executor=recorder)
     return llm, recorder
@@ -201,7 +211,7 @@ def measure_limits(engine: Engine, threads: int, stretches: Sequence[Stretch]) -
     from tensorwright.cli.roofline import FLOAT_BITS, Limits, operand_widths
     from tensorwright.kernels.cpu.load import load_library
 
-    if engine.metadata["architecture"] == "cuda":
+    if is_gpu(engine):
         from tensorwright.cli.gpu_limits import multiply_rate
 
         return Limits(_bandwidth(stretches), {FLOAT_BITS: multiply_rate()})
@@ -211,13 +221,27 @@ def measure_limits(engine: Engine, threads: int, stretches: Sequence[Stretch]) -
 
 def _reader(engine: Engine, threads: int) -> Callable[[], float]:
     """What measures the bandwidth of the machine that the engine runs on, in bytes per second."""
-    if engine.metadata["architecture"] == "cuda":
+    if is_gpu(engine):
         from tensorwright.cli.gpu_limits import read_rate
 
         return read_rate
     from tensorwright.cli import bandwidth
 
     return lambda: bandwidth.read_bandwidth(threads)
+
+
+def _device(engine: Engine) -> tuple[str | None, int | None]:
+    """The GPU's name and the bytes taken of it; None, None for CPU engines."""
+    if not is_gpu(engine):
+        return None, None
+    from tensorwright.cli.gpu_limits import device_bytes, device_name
+
+    return device_name(), device_bytes()
+
+
+def is_gpu(engine: Engine) -> bool:
+    """Whether the engine runs on a GPU."""
+    return engine.metadata["architecture"] == "cuda"
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -316,38 +340,6 @@ def _speed(works: Sequence[Work], seconds: float, stretches: Sequence[Stretch] =
     return {"bytes_per_step": work.bytes, "operations_per_step": work.operations, "bytes_s": work.bytes / seconds,
             "operations_s": work.operations / seconds, "share_of_bandwidth": memory, "share_of_arithmetic": arithmetic,
             "share_of_limit": max(memory, arithmetic or 0.0)}
-
-
-def _print(result: Measurement) -> None:
-    from tensorwright.cli.tables import format_bytes, format_seconds, print_table
-
-    names = {bits: f"int{bits} × int{max(bits, 8)}" for bits in (4, 8, 16)}
-    rates = {names.get(bits, f"float{bits}"): f"{rate / 1e9:.0f} GOP/s"
-             for bits, rate in (result.arithmetic_operations_s or {}).items()}
-    print_table(f"{result.engine_dir}: target {result.target}, {result.threads} threads, prompts of "
-                f"{result.input_len} tokens, {result.output_len} new tokens", [
-                    ("load", format_seconds(result.load_s)), ("peak memory", format_bytes(result.peak_rss_bytes)),
-                    ("limit: memory", f"{result.bandwidth_bytes_s / 1e9:.1f} GB/s read"),
-                    *((f"limit: {name}", rate) for name, rate in rates.items())])
-    if not rates:
-        print("  This engine has no probe for arithmetic: shares are of memory alone. To mend that: "
-              f"tensorwright build --rebuild_kernels {result.engine_dir}")
-    prefill = result.prefill
-    print_table("", [("prefill", f"{prefill.ttft_ms:.1f}", f"{prefill.tok_s:.0f}", *_rates(prefill)),
-                     *((f"decode, batch {d.batch}", f"{d.tpot_ms:.2f}", f"{d.tok_s:.1f}", *_rates(d))
-                       for d in result.decode)],
-                header=("", "TTFT or TPOT, ms", "tokens/s", "GB/s", "GOP/s", "of memory", "of arithmetic"))
-    if result.profile:
-        from tensorwright.cli.profile import print_profile
-
-        for profile in result.profile:
-            print_profile(profile)
-
-
-def _rates(speed: Speed) -> tuple[str, ...]:
-    arithmetic = "–" if speed.share_of_arithmetic is None else f"{speed.share_of_arithmetic:.0%}"
-    return (f"{speed.bytes_s / 1e9:.1f}", f"{speed.operations_s / 1e9:.0f}", f"{speed.share_of_bandwidth:.0%}",
-            arithmetic)
 
 
 def _count(word: str) -> int:

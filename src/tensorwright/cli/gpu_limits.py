@@ -25,6 +25,20 @@ def multiply_rate() -> float:
     return 2.0 * rows * inner * columns / _best(lambda: a @ b.t())
 
 
+def device_name() -> str:
+    """Of the current GPU, such as "NVIDIA H200"."""
+    import torch
+
+    return str(torch.cuda.get_device_name())
+
+
+def device_bytes() -> int:
+    """What this process's tensors take of its memory: all that an open engine needs."""
+    import torch
+
+    return int(torch.cuda.memory_allocated())
+
+
 def _best(run: Callable[[], object]) -> float:
     """Seconds of the fastest of some tries, by the GPU's own clock."""
     import torch
