@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/de
 DEV := .venv-dev/bin
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu sanitize-gpu lines clean
+.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu accuracy-gpu sanitize-gpu lines clean
 
 demo: .venv/ready
 	.venv/bin/python scripts/demo.py
@@ -36,6 +36,9 @@ accuracy: .venv-dev/ready
 GPU_PYTHON ?= $(DEV)/python
 test-gpu:
 	$(GPU_PYTHON) -m pytest -q -rs tests/gpu
+
+accuracy-gpu:
+	$(GPU_PYTHON) benchmarks/accuracy_gpu.py
 
 # Kernels of small engines under compute-sanitizer, a part of the CUDA toolkit.
 sanitize-gpu:

@@ -62,7 +62,7 @@ class Score:
     weight_error: str
 
 
-def engine_of(folder: Path, variant: Variant) -> tuple[Path, str]:
+def engine_of(folder: Path, variant: Variant, target: str = "cpu") -> tuple[Path, str]:
     """Convert and build demo/model as the variant says; also the weight error that convert prints."""
     checkpoint, engine = folder / "checkpoint", folder / "engine"
     command = [sys.executable, "-m", "tensorwright"]
@@ -72,7 +72,7 @@ def engine_of(folder: Path, variant: Variant) -> tuple[Path, str]:
     error = re.search(r"^ *fc +([0-9.]+)", printed, flags=re.MULTILINE)
     subprocess.run([*command, "build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(engine),
                     "--max_batch_size", "32", "--max_seq_len", "768", "--max_num_tokens", "768",
-                    "--gather_all_token_logits", *variant.build], check=True, capture_output=True)
+                    "--gather_all_token_logits", "--target", target, *variant.build], check=True, capture_output=True)
     return engine, error.group(1) if error else ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorwright.cli import doctor, machine
+from tensorwright.cli import doctor, doctor_gpu, machine
 from tensorwright.cli.doctor import Finding
 from tensorwright.cli.main import main
 from tensorwright.errors import BuildError
@@ -85,3 +85,50 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert machine.available_bytes() == 400000
     (tmp_path / "max").write_text("max\n")
     assert machine.available_bytes() > 400000
+
+
+H200 = "NVIDIA H200, 580.159.04, 9.0, 143771, 143000"
+FITTING = {"torch": "2.11.0+cu130", "cuda-bindings": "13.0.3", "nvidia-cuda-nvrtc": "13.0.88"}
+
+
+def gpu_finding(monkeypatch: pytest.MonkeyPatch, answer: str | None, packages: dict[str, str]) -> Finding:
+    monkeypatch.setattr(machine, "first_line", lambda *command: answer)
+    real = doctor_gpu.problems
+    monkeypatch.setattr(doctor_gpu, "package_version", packages.get)
+    monkeypatch.setattr(doctor_gpu, "problems", lambda gpu: real(gpu, packages.get))
+    monkeypatch.setattr(doctor_gpu, "packages", lambda: ", ".join(packages))
+    return doctor.gpu()
+
+
+def test_a_gpu_with_driver_and_packages_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = gpu_finding(monkeypatch, H200, FITTING)
+    assert (finding.state, finding.mend) == ("ok", "")
+    for fact in ("NVIDIA H200", "sm_90", "580.159.04", "139.6 GiB free of 140.4 GiB"):
+        assert fact in finding.found
+
+
+@pytest.mark.parametrize(("answer", "packages", "said", "mend"), [
+    (H200, {"torch": "2.11.0+cu130"}, "no cuda-bindings and no nvidia-cuda-nvrtc", doctor_gpu.INSTALL),
+    (H200.replace("580.159.04", "550.90.07"), FITTING, "whose drivers begin at 580; this one is 550.90.07",
+     "a driver 580 or newer"),
+    (H200, {**FITTING, "nvidia-cuda-nvrtc": "13.1.12"}, "of different toolkits", "--force-reinstall"),
+    (H200, {**FITTING, "torch": "2.13.0+cpu"}, "torch 2.13.0+cpu is without CUDA", "pip uninstall torch"),
+    (H200.replace("9.0", "7.0"), FITTING, "compute capability 7.0", "a GPU of one of sm_80"),
+])
+def test_a_gpu_is_told_what_does_not_go_together(answer: str, packages: dict[str, str], said: str, mend: str,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = gpu_finding(monkeypatch, answer, packages)
+    assert finding.state == "note" and not finding.needed
+    assert said in finding.found and mend in finding.mend
+
+
+@pytest.mark.parametrize("answer", [None, "", "No devices were found"])
+def test_without_a_gpu_engines_for_one_can_still_be_built(answer: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "built, not run" in gpu_finding(monkeypatch, answer, FITTING).found
+    assert "neither built nor run" in gpu_finding(monkeypatch, answer, {}).found
+
+
+@pytest.mark.parametrize(("version", "cuda"), [
+    ("2.11.0+cu130", "13.0"), ("2.9.0+cu128", "12.8"), ("2.13.0+cpu", None), ("2.13.0", ""), (None, None)])
+def test_the_cuda_of_a_build_of_torch(version: str | None, cuda: str | None) -> None:
+    assert doctor_gpu.torch_cuda(version) == cuda

@@ -43,9 +43,11 @@ def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_server_inherits_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     monkeypatch.setenv("LD_PRELOAD", "/some.so")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     triton = bundle.Bundle(*(Path("/t") for _ in range(4)))
     environment = bundle.server_environment(triton)
-    assert set(environment) <= {"HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PATH", "LD_LIBRARY_PATH"}
+    assert set(environment) <= {*bundle.KEPT_VARIABLES, "PATH", "LD_LIBRARY_PATH"}
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"  # the GPU that was chosen is the GPU that serves
     assert environment["LD_LIBRARY_PATH"].startswith("/t")
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from tensorwright.cli import machine
+from tensorwright.cli import doctor_gpu, machine
 from tensorwright.cli.options import Parser
 from tensorwright.cli.tables import format_bytes, print_table
 from tensorwright.errors import TensorwrightError
@@ -27,7 +27,6 @@ from tensorwright.errors import TensorwrightError
 State = Literal["ok", "missing", "note"]
 OLDEST_PYTHON, NEWEST_TRITON_PYTHON = (3, 10), (3, 12)
 LITTLE_MEMORY_BYTES = 4 << 30
-GPU_PACKAGES = (("torch", "torch"), ("cuda-bindings", "cuda.bindings"))
 DISTRIBUTIONS = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "tqdm")
 
 
@@ -160,22 +159,18 @@ def server() -> Finding:
 
 
 def gpu() -> Finding:
-    """An NVIDIA GPU with its driver, and the packages that GPU engines need."""
-    found = machine.first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    missing = [name for name, module in GPU_PACKAGES if not _is_installed(module)]
-    if not found:
-        able = "GPU engines can be built, not run" if "cuda-bindings" not in missing else "CPU engines only"
-        return Finding("GPU", "note", f"none: {able}")
-    if missing:
-        return Finding("GPU", "note", f"{found}; no {' and no '.join(missing)}", 'pip install "tensorwright[cuda]"')
-    return Finding("GPU", "ok", found)
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there either
-        return False
+    """An NVIDIA GPU with its driver and free memory, and whether driver and packages go together."""
+    found = doctor_gpu.find_gpu()
+    if found is None:
+        able = "built, not run" if doctor_gpu.package_version("nvidia-cuda-nvrtc") else "neither built nor run"
+        return Finding("GPU", "note", f"none: GPU engines can be {able} here")
+    text = (f"{found.name}, sm_{found.capability.replace('.', '')}, driver {found.driver}, "
+            f"{format_bytes(found.free_mib << 20)} free of {format_bytes(found.total_mib << 20)}")
+    problems = doctor_gpu.problems(found)
+    if problems:
+        return Finding("GPU", "note", f"{text}; {'; '.join(what for what, _ in problems)}",
+                       "; ".join(dict.fromkeys(mend for _, mend in problems)))
+    return Finding("GPU", "ok", f"{text}; {doctor_gpu.packages()}")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (system, python, packages, compiler, processor, memory, disk, launcher,

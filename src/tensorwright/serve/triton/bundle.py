@@ -19,6 +19,7 @@ from tensorwright.errors import ServeError
 
 PACKAGE = "nvidia-pytriton"
 STUB = "triton_python_backend_stub"
+KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 INSTALL = "pip install 'tensorwright[triton]'   (Python 3.11 or 3.12)"
 
 
@@ -64,8 +65,8 @@ def write_backends(bundle: Bundle, folder: Path) -> None:
 
 
 def server_environment(bundle: Bundle) -> dict[str, str]:
-    """The whole environment of the server: this Python's packages come first on PATH; nothing else is inherited."""
-    kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TMPDIR", "TZ") if name in os.environ}
+    """The whole environment of the server: this Python's packages come first on PATH; little else is inherited."""
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     libraries = [bundle.libraries, *_libpython_folders()]
     return {**kept, "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
             "LD_LIBRARY_PATH": ":".join(str(folder) for folder in libraries)}
