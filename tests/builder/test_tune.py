@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorwright.builder import measure
-from tensorwright.builder import tune as tune_module
+from tensorwright.builder import cpu_backend, measure
 from tensorwright.builder.build import build
+from tensorwright.builder.clock import Case
 from tensorwright.builder.measure import Stopwatch
 from tensorwright.builder.options import BuildOptions
-from tensorwright.builder.tactics import BUCKETS
+from tensorwright.builder.tactics import BUCKETS, TimingKey
 from tensorwright.builder.timing_cache import default_path, load
 from tensorwright.cli.main import main
 from tensorwright.engine.engine import Engine
@@ -139,8 +139,8 @@ def test_ranks_share_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
     measured: list[str] = []
     plain = Stopwatch.times
 
-    def noted(self: Stopwatch, case: measure.Case) -> Iterator[tuple[Tactic, int, float]]:
-        measured.append(case.candidates.signature)
+    def noted(self: Stopwatch, case: Case) -> Iterator[tuple[TimingKey, float]]:
+        measured.append(next(iter(case.ways)).signature)
         yield from plain(self, case)
 
     monkeypatch.setattr(Stopwatch, "times", noted)
@@ -219,6 +219,6 @@ def test_build_and_inspect_say_what_was_chosen(checkpoint: Path, tmp_path: Path,
 
 
 def test_what_can_be_measured() -> None:
-    assert tune_module.can_measure(resolve_target("portable"))
-    assert not tune_module.can_measure(resolve_target("aarch64" if "x86" in resolve_target("portable").architecture
+    assert cpu_backend.can_measure(resolve_target("portable"))
+    assert not cpu_backend.can_measure(resolve_target("aarch64" if "x86" in resolve_target("portable").architecture
                                                       else "x86-64-v3"))

@@ -78,7 +78,7 @@ def test_a_plain_decoder_gets_a_stretch_for_every_bucket(flags: tuple[str, ...],
     folder = build_dummy(LARGER, tmp_path, "float16", flags, target="sm_90")
     facts = kernels_of(folder)
     check_arguments(folder)
-    assert [stretch["tokens"] for stretch in facts["stretches"]] == [*in_one_launch, 1, 2, 4, 8, 16, 32, 64]
+    assert [stretch["tokens"] for stretch in facts["stretches"]] == sorted([*in_one_launch, 1, 2, 4, 8, 16, 32, 64])
     for stretch in facts["stretches"]:
         source = from_json(facts["entries"][stretch["entry"]])
         assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))

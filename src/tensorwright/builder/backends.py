@@ -24,10 +24,13 @@ Report = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Compiled:
-    """The kernels' machine code, and what the manifest says of it (its "kernels")."""
+    """The kernels' machine code, what the manifest says of it (its "kernels"), and of what else there was a choice
+    (as `tuning_facts` has groups).
+    """
 
     code: bytes
     facts: Mapping[str, Any]
+    choices: Sequence[Mapping[str, Any]] = ()
 
 
 class Backend(Protocol):

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tensorwright.builder.backends import Compiled, Report
+from tensorwright.builder.clock import Case, Stopwatch, op_cases
+from tensorwright.builder.decode_steps import LAYERS, Choice, choose_stretches, step_cases
 from tensorwright.builder.passes import PASSES, Pass
 from tensorwright.builder.plan import Plan
-from tensorwright.builder.tune import CacheFiles, Tuning
-from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version
-from tensorwright.kernels.cuda.decode_steps import decode_stretches
+from tensorwright.builder.tune import CacheFiles, Tuning, tune
+from tensorwright.errors import EngineError, IncompatibleEngineError
+from tensorwright.kernels.cuda.compile import NATIVE_FOLDER, compile_modules, nvrtc_version
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.sample import GREEDY, greedy_source
-from tensorwright.kernels.cuda.targets import can_overlap, resolve_target
-from tensorwright.kernels.interface import Kernel, Target, symbols
+from tensorwright.kernels.cuda.targets import can_overlap, check_target, resolve_target
+from tensorwright.kernels.headers import inlined
+from tensorwright.kernels.interface import Kernel, Source, Target, symbols
 from tensorwright.program.program import Program
+
+SHIPPED = Path(__file__).parent / "timings"  # one file for each GPU that was measured
 
 
 class CudaBackend:
@@ -40,7 +48,8 @@ class CudaBackend:
         sources = {symbol: source for symbol, source in zip(symbols(plan.sources), plan.sources, strict=True)
                    if isinstance(source, GpuSource)}
         sources[GREEDY] = greedy_source(plan.program)
-        stretches = decode_stretches(plan.program, plan.target, _layouts(plan))
+        choices = choose_stretches(plan.program, plan.target, _layouts(plan), plan.tuning.timings)
+        stretches = [stretch for choice in choices for stretch in choice.stretches]
         sources |= {stretch.entry: stretch.source for stretch in stretches}
         modules = compile_modules(sources.values(), plan.target)
         code, starts = b"", []
@@ -54,16 +63,75 @@ class CudaBackend:
             "modules": [[start, len(module.cubin)] for start, module in zip(starts, modules, strict=True)],
             "stretches": [{"begin": s.begin, "end": s.end, "tokens": s.tokens, "processors": s.processors,
                            "window": s.window, "entry": s.entry} for s in stretches],
-            "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}})
+            "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}},
+            [_facts(choices, plan)] if choices else [])
 
     def can_measure(self, target: Target) -> bool:
-        """Nothing is measured on GPUs yet: tactics go by the kernels' estimates."""
-        return False
+        """Whether this machine's GPU is the target's, and what runs engines is installed."""
+        try:
+            check_target(target.name)
+        except IncompatibleEngineError:
+            return False
+        return find_spec("torch") is not None
 
     def tune(self, programs: Iterable[Program], target: Target, *, measure: bool, files: CacheFiles,
              report: Report) -> Tuning:
-        """No times."""
-        return Tuning()
+        """See `builder.tune`. Builds for another machine's GPU take the times that come with the package.
+
+        A GPU that cannot be measured, such as a full one, costs the times and not the build.
+        """
+        every, shipped = list(programs), sorted(SHIPPED.glob(f"{target.name}*.json"))
+        try:
+            return tune(every, target, GpuClock(measure), measure=measure, files=files, report=report, shipped=shipped)
+        except (EngineError, RuntimeError) as error:  # of the driver, or of torch
+            if not measure:
+                raise
+            without = tune(every, target, GpuClock(False), measure=False, files=files, report=report, shipped=shipped)
+            return replace(without, notes=(*without.notes, f"tactics could not be measured: {error}"))
+
+
+class GpuClock:
+    """`builder.clock.Clock` for this machine's GPU; where nothing is measured, for none."""
+
+    arithmetic_bits: tuple[int, ...] = (32,)
+
+    def __init__(self, measures: bool) -> None:
+        self._measures = measures
+
+    def machine(self) -> str:
+        """GPU, driver and compiler."""
+        from tensorwright.builder.measure_gpu import gpu_name
+
+        return gpu_name()
+
+    def code(self, source: Source) -> str:
+        """Headers, compiler, and launches as the manifest holds them."""
+        if not isinstance(source, GpuSource):
+            return source.function
+        seen: set[str] = set()
+        text = "".join(inlined(NATIVE_FOLDER, name, seen) for name in source.headers)
+        return f"{nvrtc_version()} {text} {json.dumps(to_json(source))}"
+
+    def cases(self, programs: Iterable[Program], target: Target) -> list[Case]:
+        """Ops that have a choice, and decode steps."""
+        every, processors = list(programs), 0
+        if self._measures:
+            from tensorwright.builder.measure_gpu import num_processors
+
+            processors = num_processors()
+        return [*op_cases(every, target, KERNELS), *step_cases(every, target, processors)]
+
+    def start(self, cases: Sequence[Case], target: Target) -> Stopwatch:
+        """On the current GPU."""
+        from tensorwright.builder.measure_gpu import GpuStopwatch
+
+        return GpuStopwatch(cases, target)
+
+
+def _facts(choices: Sequence[Choice], plan: Plan) -> dict[str, Any]:
+    bytes_per_s = None if plan.tuning.limits is None else plan.tuning.limits.bytes_per_s
+    return {"name": f"decode step, {LAYERS} layers", "ops": ["step"],
+            "picks": [choice.facts(bytes_per_s) for choice in choices]}
 
 
 def _layouts(plan: Plan) -> dict[str, str]:

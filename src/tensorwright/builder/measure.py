@@ -1,4 +1,4 @@
-"""Times tactics on this machine, with the thread pool and the compiled code that an engine would use.
+"""Times tactics on this CPU, with the thread pool and the compiled code that an engine would use.
 
 It knows how to run one op on random numbers. Which tactic is taken, and what is already known, is not its matter.
 """
@@ -9,19 +9,19 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorwright.builder.tactics import BUCKETS, Candidates
+from tensorwright.builder.clock import Case, Limits
+from tensorwright.builder.tactics import BUCKETS, Candidates, TimingKey, key
 from tensorwright.kernels.cpu.abi import Run, Step, addresses, aligned
 from tensorwright.kernels.cpu.compile import compile_shared, engine_source
 from tensorwright.kernels.cpu.layouts import DTYPES
 from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.interface import Array, Source, Tactic, Target, Tensor, symbols
 from tensorwright.program.ops import OPS
-from tensorwright.program.program import Program, Weight
+from tensorwright.program.program import Weight
 
 ROTATED_BYTES = 128 << 20  # weights are read in turn from so much memory: more than caches hold, as in a whole step
 BUDGET_S = 0.08  # for all tactics of one op at one number of rows
@@ -33,27 +33,6 @@ ARITHMETIC_BITS, ROUNDS = (4, 8, 32), 200_000
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Case:
-    """An op whose tactics are compared, in the program that it comes from."""
-
-    candidates: Candidates
-    program: Program
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What all threads together can do at best: bytes read a second, operations a second by bits of the weights."""
-
-    bytes_per_s: float
-    operations_per_s: dict[int, float]
-
-    def best(self, other: Limits) -> Limits:
-        """The larger of each: a shared host is not always at its best."""
-        rates = {bits: max(rate, other.operations_per_s[bits]) for bits, rate in self.operations_per_s.items()}
-        return Limits(max(self.bytes_per_s, other.bytes_per_s), rates)
-
-
 class Stopwatch:
     """The compiled tactics of some cases, and the pool that runs them."""
 
@@ -62,15 +41,16 @@ class Stopwatch:
         self._library = load_library(compile_shared(engine_source(()), target))
         self._pool = thread_pool(self._library, threads).pointer
 
-    def times(self, case: Case) -> Iterator[tuple[Tactic, int, float]]:
-        """(tactic, rows, seconds) for every tactic and bucket: medians over rounds in which all take turns."""
-        bench = _Bench(case, [self._pointers[_source(case, tactic).function] for tactic in case.candidates.tactics])
+    def times(self, case: Case) -> Iterator[tuple[TimingKey, float]]:
+        """Seconds of every tactic at every bucket: medians over rounds in which all take turns."""
+        found = _candidates(case)
+        bench = _Bench(case, [self._pointers[_source(case, tactic).function] for tactic in found.tactics])
         for bucket in BUCKETS:
             first = self._run(bench, bucket.max_rows, 1)
             more = self._run(bench, bucket.max_rows, _num_rounds(float(first.sum())) - 1)
             medians = np.median(np.concatenate((first, more)), axis=0)
-            for tactic, seconds in zip(case.candidates.tactics, medians.tolist(), strict=True):
-                yield tactic, bucket.max_rows, max(seconds, 1e-9)
+            for tactic, seconds in zip(found.tactics, medians.tolist(), strict=True):
+                yield key(found, tactic, bucket.max_rows), max(seconds, 1e-9)
 
     def limits(self) -> Limits:
         """Memory and arithmetic with nothing in their way; the best of some tries."""
@@ -118,9 +98,10 @@ class _Bench:
     """Memory of one op: activations for the largest bucket, and each layout's packed weights many times over."""
 
     def __init__(self, case: Case, pointers: Sequence[int]) -> None:
-        self._tactics, self._pointers, self.num_tactics = case.candidates.tactics, pointers, len(pointers)
+        found = _candidates(case)
+        self._tactics, self._pointers, self.num_tactics = found.tactics, pointers, len(pointers)
         random, most_rows = np.random.default_rng(0), BUCKETS[-1].max_rows
-        op, program = case.candidates.op, case.program
+        op, program = found.op, case.program
         self._activations = []
         for name in dict.fromkeys((*op.inputs, *op.outputs)):
             array = aligned(most_rows * int(program.buffers[name].shape[1]) * 4).view(np.float32)
@@ -130,7 +111,7 @@ class _Bench:
                 array.fill(0)  # takes its pages from the system now, not while the first tactic is timed
             self._activations.append(array)
         self._buffers = addresses([array.ctypes.data for array in self._activations])
-        self.scratch = aligned(64 + max(case.candidates.kernel.scratch_bytes(op, program, tactic, most_rows)
+        self.scratch = aligned(64 + max(found.kernel.scratch_bytes(op, program, tactic, most_rows)
                                         for tactic in self._tactics))
         first_of = {tactic.layout: tactic for tactic in reversed(self._tactics)}
         self._copies = {layout: _Copies(case, tactic, random) for layout, tactic in first_of.items()}
@@ -154,7 +135,8 @@ class _Copies:
     """One op's packed weights, over and over."""
 
     def __init__(self, case: Case, tactic: Tactic, random: np.random.Generator) -> None:
-        op, kernel, weights = case.candidates.op, case.candidates.kernel, case.program.weights
+        found = _candidates(case)
+        op, kernel, weights = found.op, found.kernel, case.program.weights
         packed = {role: kernel.pack(op, case.program, role, random_tensor(weights[name], random), tactic)
                   for role, name in op.weights.items()}
         count = max(1, -(-ROTATED_BYTES // max(1, sum(array.nbytes for array in packed.values()))))
@@ -173,7 +155,7 @@ class _Copies:
 
 def _compiled(cases: Sequence[Case], target: Target, threads: int) -> dict[str, int]:
     """The address of each distinct function: as many shared objects as there are cores to compile them on."""
-    sources = list({source.function: source for case in cases for tactic in case.candidates.tactics
+    sources = list({source.function: source for case in cases for tactic in _candidates(case).tactics
                     for source in [_source(case, tactic)]}.values())
     parts = [part for part in (sources[index::threads] for index in range(threads)) if part]
     with ThreadPoolExecutor(threads) as pool:
@@ -186,8 +168,16 @@ def _compiled(cases: Sequence[Case], target: Target, threads: int) -> dict[str, 
     return pointers
 
 
+def _candidates(case: Case) -> Candidates:
+    """On CPUs every case is of an op."""
+    if case.candidates is None:
+        raise ValueError(f"{case.title} is no op")
+    return case.candidates
+
+
 def _source(case: Case, tactic: Tactic) -> Source:
-    return case.candidates.kernel.source(case.candidates.op, case.program, tactic)
+    found = _candidates(case)
+    return found.kernel.source(found.op, case.program, tactic)
 
 
 def random_tensor(weight: Weight, random: np.random.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorwright.builder.backends import backend_of
+from tensorwright.builder.backends import Compiled, backend_of
 from tensorwright.builder.memory import plan_memory
 from tensorwright.builder.pack import WeightSource, packed_weights
 from tensorwright.builder.plan import Plan, choose
@@ -48,7 +48,7 @@ def build_rank(program: Program, target: Target, facts: EngineFacts, source: Wei
         with Writer(output, len(program.weights) + 2) as writer:
             table = _write_weights(plan, source, writer, report)
             writer.add(KERNELS, compiled.code)
-            manifest = json.dumps(_manifest(plan, facts, table, compiled.facts)).encode()
+            manifest = json.dumps(_manifest(plan, facts, table, compiled)).encode()
             writer.add(MANIFEST, manifest)
             return writer.finish(_metadata(facts, plan, {KERNELS: compiled.code, MANIFEST: manifest}))
     except OSError as error:
@@ -68,18 +68,18 @@ def _write_weights(plan: Plan, source: WeightSource, writer: Writer, report: Rep
 
 
 def _manifest(plan: Plan, facts: EngineFacts, weights: list[dict[str, Any]],
-              kernels: Mapping[str, Any]) -> dict[str, Any]:
-    memory = plan_memory(plan.program)
+              compiled: Compiled) -> dict[str, Any]:
+    memory, tuning = plan_memory(plan.program), tuning_facts(plan)
     return {
         **asdict(facts),
         "program": to_json(plan.program),
         "steps": [{"op": c.op.name, "kernel": c.kernel.name, "layout": c.tactic.layout,
                    "parameters": dict(c.tactic.parameters), "symbol": c.symbol,
                    "few_rows": [asdict(variant) for variant in c.few_rows]} for c in plan.choices],
-        "tuning": tuning_facts(plan),
+        "tuning": {**tuning, "groups": [*tuning["groups"], *compiled.choices]},
         "memory": {"slots": [[slot.rows, slot.columns] for slot in memory.slots], "slot_of": memory.slot_of},
         "weights": weights,
-        "kernels": kernels,
+        "kernels": compiled.facts,
     }
 
 

@@ -7,6 +7,7 @@ weight; then each size gets the best tactic within that layout. It measures noth
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -103,6 +104,12 @@ def can_be_timed(op: Op, program: Program) -> bool:
     return all(program.buffers[name].kind in ("activation", "output") for name in (*op.inputs, *op.outputs))
 
 
+def can_run(candidate: Candidates, program: Program, tactic: Tactic, rows: int) -> bool:
+    """Whether the tactic is for so many rows: where it is not, its estimate is infinite."""
+    kernel = candidate.kernel
+    return not isinstance(kernel, Estimates) or math.isfinite(kernel.estimate(candidate.op, program, tactic, rows))
+
+
 def key(candidate: Candidates, tactic: Tactic, rows: int) -> TimingKey:
     """Where the time of a tactic is looked up."""
     return TimingKey(candidate.signature, describe(tactic), rows)
@@ -118,7 +125,7 @@ def pick_all(found: Sequence[Candidates], program: Program, timings: Timings) ->
     picks: dict[str, tuple[Pick, ...]] = {}
     for group in _sharing_weights(found, program):
         layout = _layout(group, program, timings)
-        is_timed = _is_timed(group, timings)
+        is_timed = _is_timed(group, program, timings)
         for candidate in group:
             picks[candidate.op.name] = tuple(_pick(candidate, program, timings if is_timed else {}, layout, bucket)
                                              for bucket in BUCKETS)
@@ -157,7 +164,7 @@ def _layout(group: Sequence[Candidates], program: Program, timings: Timings) -> 
     if not common:
         raise BuildError(f"{group[-1].op.name}: no tactic of {group[-1].kernel.name} agrees with the layouts of the "
                          "weights it shares")
-    is_timed = _is_timed(group, timings)
+    is_timed = _is_timed(group, program, timings)
 
     def worth(layout: str) -> float:
         return sum(bucket.steps * min(_value(member, program, tactic, bucket, timings if is_timed else {})
@@ -167,10 +174,11 @@ def _layout(group: Sequence[Candidates], program: Program, timings: Timings) -> 
     return _best(common, worth)
 
 
-def _is_timed(group: Sequence[Candidates], timings: Timings) -> bool:
+def _is_timed(group: Sequence[Candidates], program: Program, timings: Timings) -> bool:
     """Times and estimates cannot be compared: either every number is a time, or none is."""
     return all(key(member, tactic, bucket.max_rows) in timings
-               for member in group for tactic in member.tactics for bucket in BUCKETS)
+               for member in group for tactic in member.tactics for bucket in BUCKETS
+               if can_run(member, program, tactic, bucket.max_rows))
 
 
 def _value(candidate: Candidates, program: Program, tactic: Tactic, bucket: Bucket, timings: Timings) -> float:
@@ -193,7 +201,8 @@ def _pick(candidate: Candidates, program: Program, timings: Timings, layout: str
     if timing is None:
         return Pick(bucket.max_rows, best, "model")
     other = min((tactic for tactic in candidate.tactics if tactic != best), key=value)
-    return Pick(bucket.max_rows, best, timing.source, timing.seconds, (other, value(other)))
+    next_best = (other, value(other)) if math.isfinite(value(other)) else None
+    return Pick(bucket.max_rows, best, timing.source, timing.seconds, next_best)
 
 
 def _best(choices: Sequence[T], value: Callable[[T], float]) -> T:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tensorwright.builder.measure import ARITHMETIC_BITS, Case, Limits, Stopwatch
-from tensorwright.builder.tactics import BUCKETS, Timing, TimingKey, Timings, can_be_timed, candidates, key
+from tensorwright.builder.clock import Case, Clock, Limits
+from tensorwright.builder.tactics import Timing, TimingKey, Timings
 from tensorwright.builder.timing_cache import (
     Entry,
     Table,
@@ -22,11 +22,8 @@ from tensorwright.builder.timing_cache import (
     save,
     table_for,
 )
-from tensorwright.errors import BuildError, IncompatibleEngineError
-from tensorwright.kernels.cpu.compile import compiler_version, find_compiler, kernel_text
-from tensorwright.kernels.cpu.processors import processor_name, usable_cores
-from tensorwright.kernels.cpu.targets import check_target
-from tensorwright.kernels.interface import Kernel, Target
+from tensorwright.errors import BuildError
+from tensorwright.kernels.interface import Target
 from tensorwright.program.program import Program
 
 Report = Callable[[int, str], None]
@@ -50,109 +47,84 @@ class Tuning:
     notes: tuple[str, ...] = ()
 
 
-def can_measure(target: Target) -> bool:
-    """Whether this machine runs the target's code."""
-    try:
-        check_target(target)
-    except IncompatibleEngineError:
-        return False
-    return True
-
-
-def tune(programs: Iterable[Program], target: Target, kernels: Sequence[Kernel], *, measure: bool, files: CacheFiles,
-         report: Report) -> Tuning:
-    """Times for every op that has a choice. `measure` False: only those that a timing cache has.
+def tune(programs: Iterable[Program], target: Target, clock: Clock, *, measure: bool, files: CacheFiles,
+         report: Report, shipped: Sequence[Path] = ()) -> Tuning:
+    """Times for all that has a choice. `measure` False: only those that a timing cache has, the user's or a `shipped`.
 
     Raises BuildError where an asked for timing cache cannot be written.
     """
-    cases = _cases(programs, target, kernels)
+    cases = clock.cases(programs, target)
     if not cases:
         return Tuning()
-    names = _names(cases, target)
+    names = _names(cases, target, clock)
     tables, notes = load(files.read or default_path())
     if files.read is not None and not files.read.exists():
         notes.append(f"there is no timing cache {files.read}; it is ignored")
-    machine, known = table_for(tables, names.values(), this_machine() if measure else None)
+    machine, known = table_for(tables, names.values(), clock.machine() if measure else None)
+    if not measure and not any(name in known for name in names.values()):
+        machine, known = _shipped(shipped, names)
     measured: Table = {}
     if measure and _missing(cases, names, known):
         with measuring_alone():
             known |= table_for(load(files.read or default_path())[0], (), machine)[1]  # another build's, meanwhile
-            measured = _measured(_missing(cases, names, known), names, target, report)
+            measured = _measured(_missing(cases, names, known), names, target, clock, report)
+    limit_names = _limit_names(target, clock)
     table = {name: entry for name, entry in {**known, **measured}.items()
-             if name in {*names.values(), *_limit_names(target).values()}}
+             if name in {*names.values(), *limit_names.values()}}
     _keep(files.write, machine, table)
     timings = {of: Timing(table[name].value, "measured" if name in measured else "cached")
                for of, name in names.items() if name in table}
-    return Tuning(timings, machine if timings else "", _limits(table, target), tuple(notes))
+    return Tuning(timings, machine if timings else "", _limits(table, limit_names), tuple(notes))
 
 
-def this_machine() -> str:
-    """Processor, threads and compiler: what all times of one table have in common."""
-    version = compiler_version(find_compiler()).splitlines()
-    return f"{processor_name()}, {usable_cores()} threads, {version[0] if version else 'unknown compiler'}"
+def _shipped(files: Sequence[Path], names: Mapping[TimingKey, str]) -> tuple[str, Table]:
+    """The machine that knows most, of those whose times come with the package."""
+    tables = {machine: table for file in files for machine, table in load(file)[0].items()}
+    return table_for(tables, names.values(), None)
 
 
-def _cases(programs: Iterable[Program], target: Target, kernels: Sequence[Kernel]) -> list[Case]:
-    """Ops that can be timed and have a choice, one of each signature."""
-    cases: dict[str, Case] = {}
-    for program in programs:
-        for found in candidates(program, target, kernels):
-            if len(found.tactics) > 1 and can_be_timed(found.op, program):
-                cases.setdefault(found.signature, Case(found, program))
-    return list(cases.values())
-
-
-def _names(cases: Sequence[Case], target: Target) -> dict[TimingKey, str]:
+def _names(cases: Sequence[Case], target: Target, clock: Clock) -> dict[TimingKey, str]:
     """What each time is called in a timing cache."""
-    names = {}
-    for case in cases:
-        found = case.candidates
-        for tactic in found.tactics:
-            text = kernel_text(found.kernel.source(found.op, case.program, tactic))
-            for bucket in BUCKETS:
-                of = key(found, tactic, bucket.max_rows)
-                names[of] = entry_name(*target.flags, text, of.signature, of.tactic, str(of.rows))
-    return names
+    texts = {source: clock.code(source) for case in cases for source in case.ways.values()}
+    return {of: entry_name(*target.flags, texts[source], of.signature, of.tactic, str(of.rows))
+            for case in cases for of, source in case.ways.items()}
 
 
-def _limit_names(target: Target) -> dict[str, str]:
-    return {what: entry_name(*target.flags, what) for what in ("read", *map(str, ARITHMETIC_BITS))}
+def _limit_names(target: Target, clock: Clock) -> dict[str, str]:
+    return {what: entry_name(*target.flags, what) for what in ("read", *map(str, clock.arithmetic_bits))}
 
 
 def _missing(cases: Sequence[Case], names: Mapping[TimingKey, str], known: Table) -> list[Case]:
-    """Ops of which any time is unknown: their tactics are measured together, in turns, or not at all."""
-    return [case for case in cases if any(
-        names[key(case.candidates, tactic, bucket.max_rows)] not in known
-        for tactic in case.candidates.tactics for bucket in BUCKETS)]
+    """Those of which any time is unknown: their ways are measured together, in turns, or not at all."""
+    return [case for case in cases if any(names[of] not in known for of in case.ways)]
 
 
-def _measured(cases: Sequence[Case], names: Mapping[TimingKey, str], target: Target, report: Report) -> Table:
-    """Entries for all tactics of the ops, and for the machine's limits, which move from hour to hour."""
+def _measured(cases: Sequence[Case], names: Mapping[TimingKey, str], target: Target, clock: Clock,
+              report: Report) -> Table:
+    """Entries for all ways, and for the machine's limits, which move from hour to hour."""
     if not cases:
         return {}
     report(0, "compiling tactics")
-    watch, table = Stopwatch(cases, target, usable_cores()), {}
+    watch, table = clock.start(cases, target), {}
     before = watch.limits()
     for number, case in enumerate(cases):
-        report(0, f"measuring {case.candidates.op.name} ({number + 1} of {len(cases)})")
-        for tactic, rows, seconds in watch.times(case):
-            of = key(case.candidates, tactic, rows)
-            table[names[of]] = Entry(seconds, f"seconds of {_what(case)}, {of.tactic}, {rows} rows")
-    return {**table, **_limit_entries(before.best(watch.limits()), target)}
+        report(0, f"measuring {case.title} ({number + 1} of {len(cases)})")
+        for of, seconds in watch.times(case):
+            table[names[of]] = Entry(seconds, f"seconds of {case.what}, {of.tactic}, {of.rows} rows")
+    return {**table, **_limit_entries(before.best(watch.limits()), _limit_names(target, clock))}
 
 
-def _limit_entries(limits: Limits, target: Target) -> Table:
-    names = _limit_names(target)
+def _limit_entries(limits: Limits, names: Mapping[str, str]) -> Table:
     return {names["read"]: Entry(limits.bytes_per_s, "bytes read a second"),
             **{names[str(bits)]: Entry(rate, f"operations a second on weights of {bits} bits")
                for bits, rate in limits.operations_per_s.items()}}
 
 
-def _limits(table: Table, target: Target) -> Limits | None:
-    names = _limit_names(target)
+def _limits(table: Table, names: Mapping[str, str]) -> Limits | None:
     if any(name not in table for name in names.values()):
         return None
-    return Limits(table[names["read"]].value, {bits: table[names[str(bits)]].value for bits in ARITHMETIC_BITS})
+    rates = {int(what): table[name].value for what, name in names.items() if what != "read"}
+    return Limits(table[names["read"]].value, rates)
 
 
 def _keep(path: Path | None, machine: str, table: Table) -> None:
@@ -162,9 +134,3 @@ def _keep(path: Path | None, machine: str, table: Table) -> None:
     elif table:
         with contextlib.suppress(BuildError):
             save(default_path(), machine, table)
-
-
-def _what(case: Case) -> str:
-    op = case.candidates.op
-    shapes = (case.program.weights[name] for name in op.weights.values())
-    return " ".join([op.kind, *(f"{weight.dtype} {list(weight.shape)}" for weight in shapes)])

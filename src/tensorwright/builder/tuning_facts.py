@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensorwright.builder.measure import Limits
+from tensorwright.builder.clock import Limits
 from tensorwright.builder.plan import Choice, Plan
 from tensorwright.builder.tactics import Pick, describe
 from tensorwright.program.program import Op, Program

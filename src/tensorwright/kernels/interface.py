@@ -110,4 +110,7 @@ class Estimates(Protocol):
     """What a kernel may offer besides: a model of its tactics, for machines that cannot be measured."""
 
     def estimate(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> float:
-        """About how long one execution takes, in any unit that is the same for all tactics of the op."""
+        """About how long one execution takes, in any unit that is the same for all tactics of the op.
+
+        Infinite: the tactic is not for so many tokens.
+        """

@@ -47,6 +47,14 @@ def recognise(program: Program, layouts: Mapping[str, str]) -> Decoder | None:
     return Decoder(tuple(layers), shapes, min((window for window in windows if window > 0), default=0))
 
 
+def few_layers(program: Program, count: int) -> Program | None:
+    """The same with the first layers only, as far as the time of a step is concerned; None: not such a decoder."""
+    layers = _layers(program)
+    if layers is None:
+        return None
+    return program.with_ops([program.ops[0], *(op for layer in layers[:count] for op in layer), *program.ops[-2:]])
+
+
 def _layers(program: Program) -> list[tuple[Op, ...]] | None:
     """The ops of each layer, where the program is an embedding, such layers, gathered rows and an lm_head."""
     kinds = [op.kind for op in program.ops]

@@ -16,6 +16,7 @@ from tensorwright.errors import EngineError
 KINDS: dict[str, Any] = {"pointer": ctypes.c_void_p, "int": ctypes.c_int32, "float": ctypes.c_float}
 LAUNCH, LAUNCH_VERSION = b"cuLaunchKernelEx", 12000
 OVERLAP = int(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+COOPERATIVE = int(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
 
 
 class _Attribute(ctypes.Structure):
@@ -47,11 +48,14 @@ class Call:
     """A launch with its arguments in memory: those that a step changes are written in place."""
 
     def __init__(self, function: Function, threads: int, shared_bytes: int, overlap: bool,
-                 kinds: Sequence[str | Sequence[str]]) -> None:
-        """`kinds`: "pointer", "int" or "float" for each parameter; a sequence of them for a structure by value."""
-        attribute = _Attribute(OVERLAP, value=1)
+                 kinds: Sequence[str | Sequence[str]], *, cooperative: bool = False) -> None:
+        """`kinds`: "pointer", "int" or "float" for each parameter; a sequence of them for a structure by value.
+
+        `cooperative`: all blocks are on the GPU at once, or the driver refuses; then nothing overlaps.
+        """
+        attribute = _Attribute(COOPERATIVE if cooperative else OVERLAP, value=1)
         self._configuration = _Configuration(1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(attribute),
-                                             int(overlap))
+                                             int(overlap or cooperative))
         self._values = [_structure(kind) for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
         self._fields = [(value, field[0]) for value in self._values for field in value._fields_]

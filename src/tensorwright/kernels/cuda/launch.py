@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensorwright.kernels.interface import Source
+from tensorwright.program.ops import OPS
+from tensorwright.program.program import Op
 
 Argument = str | int | float
 Arguments = tuple[Argument | tuple[Argument, ...], ...]
@@ -46,6 +48,7 @@ class Launch:
     threads: int = 256
     shared_bytes: int = 0
     arguments: Arguments = ()
+    cooperative: bool = False  # its blocks wait for each other: all must fit on the GPU at once, or it is refused
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,34 @@ def is_library_call(function: str) -> bool:
     return not function.startswith("tw::")
 
 
+def operand_name(op: Op | None, argument: str) -> str | None:
+    """The program's name for "inputs.x", "outputs.y" or "weights.bias" of an op; None: it has none."""
+    kind, _, name = argument.partition(".")
+    if op is None or kind not in ("inputs", "outputs", "weights"):
+        return None
+    if kind == "weights":
+        return op.weights.get(name)
+    spec = OPS[op.kind]
+    names, given = (spec.inputs, op.inputs) if kind == "inputs" else (spec.outputs, op.outputs)
+    return dict(zip((each.rstrip("?") for each in names), given, strict=False)).get(name)
+
+
+def parameter_kinds(launch: Launch) -> list[str | tuple[str, ...]]:
+    """"pointer", "int" or "float" for each parameter; a tuple of them for a structure."""
+    return [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments]
+
+
+def flat(arguments: Arguments) -> list[Argument]:
+    """Arguments in order, those of structures among them."""
+    return [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def _kind(argument: Argument) -> str:
+    if isinstance(argument, str):
+        return "int" if argument.startswith("sizes.") else "pointer"
+    return "float" if isinstance(argument, float) else "int"
+
+
 def scratch_offsets(scratch: Mapping[str, Size], symbols: Mapping[str, int]) -> tuple[dict[str, int], int]:
     """Where each piece of scratch memory begins, on 256 bytes, and how much there is in all."""
     offsets, end = {}, 0
@@ -117,7 +148,8 @@ def from_json(data: Mapping[str, Any]) -> GpuSource:
     """The inverse of `to_json`."""
     launches = tuple(
         Launch(launch["function"], _grid(launch["grid"]), launch["threads"],
-               launch["shared_bytes"], tuple(tuple(a) if isinstance(a, list) else a for a in launch["arguments"]))
+               launch["shared_bytes"], tuple(tuple(a) if isinstance(a, list) else a for a in launch["arguments"]),
+               launch.get("cooperative", False))
         for launch in data["launches"])
     scratch = tuple((name, Size(**size)) for name, size in data["scratch"].items())
     tables = tuple((name, tuple(pointers)) for name, pointers in data["tables"].items())

@@ -10,9 +10,17 @@ import torch
 
 from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.driver import Call, Function, load_module
-from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, is_library_call, scratch_offsets
+from tensorwright.kernels.cuda.launch import (
+    GpuSource,
+    Launch,
+    flat,
+    is_library_call,
+    operand_name,
+    parameter_kinds,
+    scratch_offsets,
+)
 from tensorwright.kernels.cuda.sample import GREEDY
-from tensorwright.program.ops import BATCH_INPUTS, OPS
+from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Op
 from tensorwright.runtime.cuda.inputs import Sizes
 from tensorwright.runtime.cuda.memory import DTYPES, Activations, Caches, Weights, entries_of
@@ -143,7 +151,7 @@ class Plan:
     def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
         call = self._call(launch)
         changing = []
-        for index, argument in enumerate(_flat(launch.arguments)):
+        for index, argument in enumerate(flat(launch.arguments)):
             if isinstance(argument, str) and (changed := self._changing(op, argument)):
                 changing.append((index, changed))
             else:
@@ -151,8 +159,8 @@ class Plan:
         return _Bound(call, tuple(changing))
 
     def _call(self, launch: Launch) -> Call:
-        kinds = [_kind(a) if not isinstance(a, tuple) else tuple(map(_kind, a)) for a in launch.arguments]
-        return Call(self._function(launch), launch.threads, launch.shared_bytes, self._facts["overlap"], kinds)
+        return Call(self._function(launch), launch.threads, launch.shared_bytes, self._facts["overlap"],
+                    parameter_kinds(launch), cooperative=launch.cooperative)
 
     def _function(self, launch: Launch) -> Function:
         key = (launch.function, launch.shared_bytes)
@@ -170,7 +178,7 @@ class Plan:
         kind, _, name = argument.partition(".")
         if kind in ("sizes", "scratch"):
             return argument
-        operand = name if kind == "batch" else _operand(op, argument)
+        operand = name if kind == "batch" else operand_name(op, argument)
         return f"inputs.{operand}" if operand in BATCH_INPUTS else ""
 
     def _address(self, op: Op | None, argument: str, memory: Mapping[str, torch.Tensor]) -> int:
@@ -179,7 +187,7 @@ class Plan:
         if whole in memory:
             return int(memory[whole].data_ptr())
         kind, _, name = whole.partition(".")
-        operand = name if kind == "named" else _operand(op, whole)
+        operand = name if kind == "named" else operand_name(op, whole)
         if operand is None:
             return 0
         if operand in self._engine.program.weights:
@@ -200,29 +208,7 @@ def stretch_for(stretches: Sequence[Mapping[str, Any]], begin: int, end: int, si
     return None
 
 
-def _operand(op: Op | None, argument: str) -> str | None:
-    """The program's name for "inputs.x", "outputs.y" or "weights.bias" of an op; None: it has none."""
-    kind, _, name = argument.partition(".")
-    if op is None or kind not in ("inputs", "outputs", "weights"):
-        return None
-    if kind == "weights":
-        return op.weights.get(name)
-    spec = OPS[op.kind]
-    names, given = (spec.inputs, op.inputs) if kind == "inputs" else (spec.outputs, op.outputs)
-    return dict(zip((each.rstrip("?") for each in names), given, strict=False)).get(name)
-
-
-def _kind(argument: Argument) -> str:
-    if isinstance(argument, str):
-        return "int" if argument.startswith("sizes.") else "pointer"
-    return "float" if isinstance(argument, float) else "int"
-
-
-def _flat(arguments: Sequence[Argument | tuple[Argument, ...]]) -> list[Argument]:
-    return [each for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
-
-
 def _matmul(op: Op | None, launch: Launch) -> _Matmul:
     a, b, c, columns, inner, dtype = map(str, launch.arguments)
     names = [name.partition(".")[2] for name in (a, b, c)]
-    return _Matmul(names[0], names[1], names[2], _operand(op, c), int(columns), int(inner), DTYPES[dtype])
+    return _Matmul(names[0], names[1], names[2], operand_name(op, c), int(columns), int(inner), DTYPES[dtype])
