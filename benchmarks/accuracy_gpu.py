@@ -26,6 +26,8 @@ from tensorwright.runtime.llm import LLM
 from tensorwright.runtime.parameters import SamplingParameters
 
 LONGEST_TEXT = 700
+PLAIN = VARIANTS[0]
+FP8 = Variant("fp8 (W8A8) and KV cache, beside bfloat16", ("--use_fp8_rowwise", "--fp8_kv_cache"))  # not for CPUs
 Ids = Sequence[int]
 
 
@@ -103,7 +105,7 @@ def main() -> int:
     print("| weights | exact match, CPU | GPU | same text | near-ties | others | logit error | perplexity, CPU | GPU |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
-    for variant in (each for each in VARIANTS if "--exact" not in each.build):
+    for variant in (*(each for each in VARIANTS if "--exact" not in each.build), FP8):
         with tempfile.TemporaryDirectory() as folder:
             cpu, gpu = _engines(Path(folder), variant, options.target)
             row = compare(variant.name, cpu, gpu, [question for _, question, _ in asked],
@@ -120,7 +122,8 @@ def main() -> int:
 def _engines(folder: Path, variant: Variant, target: str) -> tuple[LLM, LLM]:
     (folder / "cpu").mkdir()
     (folder / "gpu").mkdir()
-    exact = replace(variant, build=(*variant.build, "--exact"))
+    beside = PLAIN if variant == FP8 else variant
+    exact = replace(beside, build=(*beside.build, "--exact"))
     return LLM(engine_of(folder / "cpu", exact)[0]), LLM(engine_of(folder / "gpu", variant, target)[0])
 
 

@@ -17,26 +17,30 @@ from typing import Any
 
 import numpy as np
 
+from tensorwright.checkpoint.convert import DType
 from tensorwright.engine.engine import Engine
-from tensorwright.testing.engines import Recipe, build_dummy, build_engine
+from tensorwright.testing.engines import INT4, build_dummy
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
 LIMITS = {"max_seq_len": 512, "max_num_tokens": 512, "tokens_per_block": 16, "max_batch_size": 64}
 FUSED = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                   vocab_size=2048)
-SMALL = Recipe(TinyModel("qwen3", head_size=32), "bfloat16", "W8A16", int8_kv_cache=True,
-               build={"target": "native", **LIMITS})
+SMALL = TinyModel("qwen3", head_size=32)
+INT8 = ("--use_weight_only", "--weight_only_precision", "int8")
+ENGINES: dict[str, tuple[TinyModel, DType, tuple[str, ...]]] = {
+    "fused": (FUSED, "float16", INT4), "fused8": (FUSED, "bfloat16", INT8),
+    "fused16": (FUSED, "bfloat16", ()), "small": (SMALL, "bfloat16", (*INT8, "--int8_kv_cache")),
+    "float8": (SMALL, "float16", ("--use_fp8_rowwise", "--fp8_kv_cache"))}
 BATCHES = ((140,), (300, 17), (5, 40, 1), (9,) * 8, (3,) * 16, (2,) * 33)  # tokens of each sequence
 
 
 def main(verb: str, folder: Path, target: str = "native") -> None:
     """Build the engines, or run them."""
-    if verb == "build":
-        build_dummy(FUSED, folder / "fused", "float16", target=target, **LIMITS)
-        build_engine(Recipe(**{**vars(SMALL), "build": {**SMALL.build, "target": target}}), folder / "small")
-        return
-    for name in ("fused", "small"):
+    for name, (model, dtype, flags) in ENGINES.items():
+        if verb == "build":
+            build_dummy(model, folder / name, dtype, flags, target=target, **LIMITS)
+            continue
         engine = Engine.open(folder / name / "engine")
         for stretches in (True, False) if engine.manifest["kernels"]["stretches"] else (False,):
             run(engine, name, stretches)

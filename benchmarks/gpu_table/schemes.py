@@ -27,7 +27,10 @@ HEADLINE = "int4"
 SCHEMES: Mapping[str, Scheme] = {
     HEADLINE: Scheme("int4, groups of 128", (*WEIGHT_ONLY, "int4"), 9),
     "int4_lm_head_int8": Scheme("int4, lm_head int8", (*WEIGHT_ONLY, "int4", "--quantize_lm_head"), 8),
-    "int4_kv_int8": Scheme("int4, int8 KV cache", (*WEIGHT_ONLY, "int4", "--int8_kv_cache"), 9),
+    "int4_kv_fp8": Scheme("int4, fp8 KV cache", (*WEIGHT_ONLY, "int4", "--fp8_kv_cache"), 9),
+    "fp8": Scheme("fp8 (W8A8)", ("--use_fp8_rowwise",), 15),
+    "fp8_all": Scheme("fp8 (W8A8), lm_head and KV cache fp8", ("--use_fp8_rowwise", "--quantize_lm_head",
+                                                              "--fp8_kv_cache"), 14),
     "int8": Scheme("int8 (W8A16)", (*WEIGHT_ONLY, "int8"), 15),
     "float16": Scheme("float16", (), 26),
 }

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tensorwright.cli.main import main
+
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
@@ -39,6 +41,17 @@ def test_engines_are_built_together_while_they_fit(gpu: ModuleType) -> None:
     assert gpu.groups(names, 50) == [names]
     assert gpu.groups(names, 30) == [["int4", "int8"], ["float16"]]
     assert gpu.groups(names, 0) == [["int4"], ["int8"], ["float16"]]
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_lm_head_int8", "int4_kv_fp8", "fp8", "fp8_all", "int8", "float16"])
+def test_each_scheme_is_one_that_engines_are_built_for(gpu: ModuleType, name: str, tmp_path: Path) -> None:
+    assert name in gpu.SCHEMES
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text(json.dumps({**gpu.schemes.CONFIG, "num_hidden_layers": 2}))
+    assert main(["convert", "--model_dir", str(model), "--output_dir", str(tmp_path / "c"), "--dtype", "float16",
+                 "--save_config_only", *gpu.SCHEMES[name].convert]) == 0
+    assert main(["build", "--checkpoint_dir", str(tmp_path / "c"), "--output_dir", str(tmp_path / "e"), "--dry_run",
+                 "--dummy_weights", "--target", "sm_90", *map(str, gpu.schemes.LIMITS)]) == 0
 
 
 def test_each_goal_names_a_figure_that_the_worker_knows(gpu: ModuleType) -> None:
