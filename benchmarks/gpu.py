@@ -81,7 +81,7 @@ def int4(engines: processes.Engines, options: argparse.Namespace) -> Iterator[Fo
     """The headline engine, alone on the machine."""
     engines.build([HEADLINE])
     built = engines.made[HEADLINE]
-    figures = processes.measure(built.folder, ["limits", "memory", *(goal.figure for goal in goals.GOALS)],
+    figures = processes.measure(built, ["limits", "memory", *(goal.figure for goal in goals.GOALS)],
                                 new_tokens=options.new_tokens, repeats=options.repeats, limit_s=ENGINE_LIMIT_S)
     bars = [goal.bar(goals.value_of(goal, figures)) for goal in goals.GOALS]
     yield {"build_s": built.seconds, "figures": figures, "limits": schemes.shares(figures)}, bars
@@ -103,7 +103,7 @@ def other_schemes(engines: processes.Engines, options: argparse.Namespace) -> It
         engines.build(group)
         for name in group:
             built = engines.made[name]
-            figures = processes.measure(built.folder, SCHEME_FIGURES, new_tokens=options.new_tokens,
+            figures = processes.measure(built, SCHEME_FIGURES, new_tokens=options.new_tokens,
                                         repeats=options.repeats, limit_s=SCHEME_LIMIT_S)
             engines.remove(name)
             found[name] = {"title": SCHEMES[name].title, "build_s": built.seconds, "figures": figures,
@@ -144,7 +144,9 @@ def tables(results: Mapping[str, Any]) -> str:
     """The bars, then the schemes with their shares of the limit."""
     parts = []
     bars = [Bar.from_json(bar) for section in results.values() for bar in section["bars"]]
-    taken = sorted({f"{s['date'][:10]}, {s['gpu']['name']}, {s['versions']['commit']}" for s in results.values()})
+    taken = sorted({f"{s['date'][:10]}, {s['gpu']['name']}, {s['versions']['commit']}"
+                    + (f", a trial of {s['layers']} layers" if s["layers"] < NEMO_LAYERS else "")
+                    for s in results.values()})
     if bars:
         parts.append(f"**Mistral-Nemo's shape, int4** ({'; '.join(taken)})\n\n{markdown(bars)}")
     engines = {HEADLINE: {**results["int4"], "title": SCHEMES[HEADLINE].title}} if "int4" in results else {}
@@ -175,7 +177,7 @@ def speeds(results: Mapping[str, Any]) -> list[Bar]:
     for bar in map(Bar.from_json, results["int4"]["bars"]):
         batch = int(bar.title.split("batch ")[1].split(",")[0]) if bar.unit == "ms" else 0
         values = {name: 1e3 * batch / value if batch else value for name, value in bar.values.items()}
-        found.append(Bar(bar.title.replace("TPOT", "decode"), "tok/s", values))
+        found.append(Bar(bar.title.partition(", 512")[0].replace("TPOT, ", ""), "tok/s", values))
     return [bar for bar in found if OURS in bar.values]
 
 

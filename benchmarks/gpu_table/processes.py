@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ FRESH_STARTS = 3
 
 @dataclass(frozen=True)
 class Built:
-    """An engine folder and the seconds that its build took."""
+    """An engine folder and the seconds that its build took; or the command that failed."""
 
     folder: Path
-    seconds: float
+    seconds: float = 0.0
+    failure: str = ""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Engines:
     made: dict[str, Built] = field(default_factory=dict)
 
     def build(self, names: Sequence[str]) -> None:
-        """All of them that are not there, side by side."""
+        """All of them that are not there, side by side; tactics are measured by one build at a time."""
         missing = [name for name in names if name not in self.made]
         with ThreadPoolExecutor(max(1, len(missing))) as pool:
             self.made |= dict(zip(missing, pool.map(self._build, missing), strict=True))
@@ -57,19 +58,23 @@ class Engines:
         model, checkpoint, engine = (folder / part for part in ("model", "checkpoint", "engine"))
         model.mkdir(parents=True, exist_ok=True)
         (model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": self.layers}))
-        command("convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "float16",
-                "--save_config_only", *SCHEMES[name].convert)
-        seconds = command("build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--dummy_weights",
-                          "--target", self.target, *LIMITS)
-        return Built(engine, seconds)
+        try:
+            command("convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "float16",
+                    "--save_config_only", *SCHEMES[name].convert)
+            return Built(engine, command("build", "--checkpoint_dir", checkpoint, "--output_dir", engine,
+                                         "--dummy_weights", "--target", self.target, *LIMITS))
+        except subprocess.CalledProcessError as error:  # it said why; the others may do better
+            return Built(engine, failure=f"{error.cmd[3]} ended with status {error.returncode}")
 
 
-def measure(engine: Path, figures: Sequence[str], *, new_tokens: int, repeats: int,
+def measure(engine: Built, figures: Sequence[str], *, new_tokens: int, repeats: int,
             limit_s: float) -> dict[str, dict[str, Any]]:
     """A worker's answers by figure. One that dies or takes longer than `limit_s` leaves what it had, and says so."""
+    if engine.failure:
+        return dict.fromkeys(figures, {"failure": engine.failure})
     process = subprocess.Popen([sys.executable, str(HERE / "worker.py")], stdin=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    job = {"engine": str(engine), "figures": list(figures), "new_tokens": new_tokens, "repeats": repeats}
+    job = {"engine": str(engine.folder), "figures": list(figures), "new_tokens": new_tokens, "repeats": repeats}
     with _stopped_after(process, limit_s) as stopped:
         found = {}
         for line in _answers(process, json.dumps(job)):
@@ -92,9 +97,10 @@ def first_tokens(engine: Path) -> dict[str, Any]:
 def _answers(process: subprocess.Popen[str], job: str) -> Iterator[str]:
     if process.stdin is None or process.stdout is None:
         return
-    with process.stdin as ask:
+    with suppress(BrokenPipeError), process.stdin as ask:  # it may have died already; its status tells
         ask.write(f"{job}\n")
-    yield from process.stdout
+    with process.stdout as lines:
+        yield from lines
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,31 @@ def test_each_scheme_is_one_that_engines_are_built_for(gpu: ModuleType, name: st
                  "--save_config_only", *gpu.SCHEMES[name].convert]) == 0
     assert main(["build", "--checkpoint_dir", str(tmp_path / "c"), "--output_dir", str(tmp_path / "e"), "--dry_run",
                  "--dummy_weights", "--target", "sm_90", *map(str, gpu.schemes.LIMITS)]) == 0
+
+
+def test_an_engine_that_cannot_be_built_fails_alone(gpu: ModuleType, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(*words: object) -> float:
+        if words[0] == "build" and "fp8" in str(words[2]):
+            raise subprocess.CalledProcessError(1, ["python", "-m", "tensorwright", "build"])
+        return 3.0
+
+    monkeypatch.setattr(gpu.processes, "command", command)
+    engines = gpu.processes.Engines(tmp_path, 1, "sm_90")
+    engines.build(["int8", "fp8"])
+    assert (engines.made["int8"].seconds, engines.made["int8"].failure) == (3.0, "")
+    found = gpu.processes.measure(engines.made["fp8"], ["limits", "memory"], new_tokens=1, repeats=1, limit_s=1)
+    assert found == dict.fromkeys(["limits", "memory"], {"failure": "build ended with status 1"})
+
+
+def test_a_worker_that_takes_too_long_leaves_what_it_had(gpu: ModuleType, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import json, sys, time; print(json.dumps({'figure': 'limits', 'x': 1}), flush=True); time.sleep(60)"
+    (tmp_path / "worker.py").write_text(f"import sys; sys.stdin.readline(); exec({script!r})")
+    monkeypatch.setattr(gpu.processes, "HERE", tmp_path)
+    found = gpu.processes.measure(gpu.processes.Built(tmp_path), ["limits", "memory"], new_tokens=1, repeats=1,
+                                  limit_s=1)
+    assert found == {"limits": {"x": 1}, "memory": {"failure": "stopped after 1 s"}}
 
 
 def test_each_goal_names_a_figure_that_the_worker_knows(gpu: ModuleType) -> None:
