@@ -16,12 +16,11 @@ from tensorwright.builder.passes import PASSES, Pass
 from tensorwright.builder.plan import Plan
 from tensorwright.builder.tune import CacheFiles, Tuning, tune
 from tensorwright.errors import EngineError, IncompatibleEngineError
-from tensorwright.kernels.cuda.compile import NATIVE_FOLDER, compile_modules, nvrtc_version
+from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version, program_text
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.sample import GREEDY, greedy_source
 from tensorwright.kernels.cuda.targets import can_overlap, check_target, resolve_target
-from tensorwright.kernels.headers import inlined
 from tensorwright.kernels.interface import Kernel, Source, Target, symbols
 from tensorwright.program.program import Program
 
@@ -108,9 +107,7 @@ class GpuClock:
         """Headers, compiler, and launches as the manifest holds them."""
         if not isinstance(source, GpuSource):
             return source.function
-        seen: set[str] = set()
-        text = "".join(inlined(NATIVE_FOLDER, name, seen) for name in source.headers)
-        return f"{nvrtc_version()} {text} {json.dumps(to_json(source))}"
+        return f"{nvrtc_version()} {program_text(source.headers)} {json.dumps(to_json(source))}"
 
     def cases(self, programs: Iterable[Program], target: Target) -> list[Case]:
         """Ops that have a choice, and decode steps."""

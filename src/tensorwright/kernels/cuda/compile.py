@@ -73,18 +73,46 @@ def nvrtc_version() -> str:
 
 
 def _module(headers: tuple[str, ...], functions: tuple[str, ...], target: Target, include: Path) -> Module:
-    seen: set[str] = set()
-    source = "".join(inlined(NATIVE_FOLDER, name, seen) for name in headers)
-    options = (*OPTIONS, *target.flags)
+    source, options = program_text(headers), (*OPTIONS, *target.flags)
     identity = json.dumps([nvrtc_version(), options, source, functions])
     path = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.cubin"
     if (module := _read_cached(path)) is None:
-        module = _compile(source, functions, (*options, f"-I{include}", f"-I{include / 'cccl'}"))
+        module = _compile(source, functions, (*options, *_include_options(include)))
         _write_cached(path, module)
     return module
 
 
+def program_text(headers: Sequence[str]) -> str:
+    """The headers written out: what NVRTC compiles for the functions of a source."""
+    seen: set[str] = set()
+    return "".join(inlined(NATIVE_FOLDER, name, seen) for name in headers)
+
+
+def compile_ptx(headers: Sequence[str], functions: Sequence[str], target: Target) -> tuple[str, dict[str, str]]:
+    """(PTX of these functions, symbols by name expression), for reading and for simulating.
+
+    Raises:
+        BuildError: as `compile_modules`.
+    """
+    options = [*OPTIONS[:-1], *(flag.replace("sm_", "compute_") for flag in target.flags), *_include_options()]
+    program, _ = _compiled(program_text(headers), functions, options)
+    text = bytes(_checked(_nvrtc().nvrtcGetPTXSize(program))[0])
+    _checked(_nvrtc().nvrtcGetPTX(program, text))
+    return text.decode().rstrip("\0"), _symbols(program, functions)
+
+
 def _compile(source: str, functions: Sequence[str], options: Sequence[str]) -> Module:
+    nvrtc = _nvrtc()
+    program, log = _compiled(source, functions, options)
+    symbols = _symbols(program, functions)
+    cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program))[0])
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(program)
+    return Module(cubin, {function: _function(symbol, log) for function, symbol in symbols.items()})
+
+
+def _compiled(source: str, functions: Sequence[str], options: Sequence[str]) -> tuple[Any, str]:
+    """NVRTC's program and what it printed."""
     nvrtc = _nvrtc()
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"engine.cu", 0, [], []))[0]
     for function in functions:
@@ -95,11 +123,11 @@ def _compile(source: str, functions: Sequence[str], options: Sequence[str]) -> M
     text = log.decode(errors="replace")
     if int(result[0]) != 0:
         raise BuildError(f"NVRTC failed on {', '.join(functions)} with {' '.join(options)}:\n{text[:3000]}")
-    symbols = {f: _checked(nvrtc.nvrtcGetLoweredName(program, f.encode()))[0].decode() for f in functions}
-    cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program))[0])
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    nvrtc.nvrtcDestroyProgram(program)
-    return Module(cubin, {function: _function(symbol, text) for function, symbol in symbols.items()})
+    return program, text
+
+
+def _symbols(program: Any, functions: Sequence[str]) -> dict[str, str]:
+    return {f: _checked(_nvrtc().nvrtcGetLoweredName(program, f.encode()))[0].decode() for f in functions}
 
 
 def _function(symbol: str, log: str) -> Function:
@@ -120,6 +148,11 @@ def _nvrtc() -> Any:
     except (ImportError, RuntimeError) as error:
         raise BuildError(f"building for a GPU needs NVRTC, which cannot be loaded: {error}", mend=INSTALL) from None
     return nvrtc
+
+
+def _include_options(include: Path | None = None) -> tuple[str, str]:
+    folder = include or _include_folder()
+    return f"-I{folder}", f"-I{folder / 'cccl'}"
 
 
 def _include_folder() -> Path:
