@@ -101,7 +101,7 @@ def gpu_finding(monkeypatch: pytest.MonkeyPatch, answer: str | None, packages: d
 
 
 def test_a_gpu_with_driver_and_packages_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = gpu_finding(monkeypatch, H200, FITTING)
+    finding = gpu_finding(monkeypatch, H200, {**FITTING, "cuda-bindings": "13.2.0", "nvidia-cuda-runtime": "13.0.96"})
     assert (finding.state, finding.mend) == ("ok", "")
     for fact in ("NVIDIA H200", "sm_90", "580.159.04", "139.6 GiB free of 140.4 GiB"):
         assert fact in finding.found
@@ -111,7 +111,10 @@ def test_a_gpu_with_driver_and_packages_that_go_together(monkeypatch: pytest.Mon
     (H200, {"torch": "2.11.0+cu130"}, "no cuda-bindings and no nvidia-cuda-nvrtc", doctor_gpu.INSTALL),
     (H200.replace("580.159.04", "550.90.07"), FITTING, "whose drivers begin at 580; this one is 550.90.07",
      "a driver 580 or newer"),
-    (H200, {**FITTING, "nvidia-cuda-nvrtc": "13.1.12"}, "of different toolkits", "--force-reinstall"),
+    (H200, {**FITTING, "nvidia-cuda-runtime": "13.1.80"}, "nvidia-cuda-runtime 13.1.80 are of different toolkits",
+     "--force-reinstall"),
+    (H200, {**FITTING, "cuda-bindings": "12.9.0"}, "cuda-bindings 12.9.0 are of different toolkits",
+     "--force-reinstall"),
     (H200, {**FITTING, "torch": "2.13.0+cpu"}, "torch 2.13.0+cpu is without CUDA", "pip uninstall torch"),
     (H200.replace("9.0", "7.0"), FITTING, "compute capability 7.0", "a GPU of one of sm_80"),
 ])

@@ -61,10 +61,11 @@ def problems(gpu: Gpu, version: Callable[[str], str | None] = package_version) -
         if least is not None and driver < least:
             found.append((f"{what} is of CUDA {cuda}, whose drivers begin at {least}; this one is {gpu.driver}",
                           f"a driver {least} or newer"))
-    bindings = version("cuda-bindings")
-    if nvrtc and bindings and _minor(nvrtc) != _minor(bindings):
-        found.append((f"nvidia-cuda-nvrtc {nvrtc} and cuda-bindings {bindings} are of different toolkits",
-                      f"{INSTALL} --force-reinstall"))
+    for name, parts in (("cuda-bindings", 1), ("nvidia-cuda-runtime", 2)):  # calls by major, headers by minor
+        other = version(name)
+        if nvrtc and other and nvrtc.split(".")[:parts] != other.split(".")[:parts]:
+            found.append((f"nvidia-cuda-nvrtc {nvrtc} and {name} {other} are of different toolkits",
+                          f"{INSTALL} --force-reinstall"))
     if version("torch") and torch_cuda(version("torch")) is None:
         found.append((f"torch {version('torch')} is without CUDA", f"pip uninstall torch, then {INSTALL}"))
     return found
@@ -90,7 +91,3 @@ def packages(version: Callable[[str], str | None] = package_version) -> str:
 def _major(version: str) -> int:
     first = version.partition(".")[0]
     return int(first) if first.isdecimal() else 0
-
-
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split(".")[:2])
