@@ -12,32 +12,26 @@ from tensorwright.errors import LimitError
 from tensorwright.kernels.cuda.launch import Launch, Size, from_json, scratch_offsets
 from tensorwright.program.ops import BATCH_INPUTS, OPS
 from tensorwright.runtime.batch import SamplingRow
-from tensorwright.runtime.sampling import choose
 from tensorwright.testing.engines import Recipe, build_engine
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
 torch = pytest.importorskip("torch", reason="needs torch")
 
-ROWS = [
-    SamplingRow(), SamplingRow(temperature=0.7, uniform=0.3), SamplingRow(temperature=1.0, top_k=5, uniform=0.9),
-    SamplingRow(temperature=1.3, top_p=0.8, uniform=0.99), SamplingRow(temperature=1.0, min_p=0.1, uniform=0.5),
-    SamplingRow(temperature=0.9, uniform=0.0), SamplingRow(biased=(3, 4), biases=(9.0, -np.inf)),
-    SamplingRow(temperature=2.0, top_k=3, uniform=0.999, biased=(7,), biases=(-np.inf,)),
-    SamplingRow(temperature=0.8, top_k=40, top_p=0.9, uniform=0.2, repetition_penalty=1.3, presence_penalty=0.5,
-                frequency_penalty=0.1, seen=(1, 2, 7), counts=(0, 1, 4))]
+def test_settings_of_a_draw_are_packed_as_the_kernel_reads_them() -> None:
+    from tensorwright.runtime.cuda.sampling import ADJUSTMENT, SAMPLING, pack
 
-
-@pytest.mark.parametrize("seed", range(5))
-def test_sampling_means_what_the_reference_means(seed: int) -> None:
-    from tensorwright.runtime.cuda.sampling import choose as choose_with_torch
-
-    logits = (np.random.default_rng(seed).standard_normal((len(ROWS), 300)) * 3).astype(np.float32)
-    logits[:, 17] = logits[:, 5] = logits.max() + 1  # a tie for the lower id to win
-    tokens, log_probs = choose_with_torch(torch.tensor(logits), ROWS)
-    wanted, wanted_log_probs = choose(logits, ROWS)
-    assert tokens.tolist() == wanted.tolist()
-    np.testing.assert_allclose(log_probs.numpy(), wanted_log_probs, rtol=1e-5, atol=1e-6)
+    rows = [SamplingRow(), SamplingRow(temperature=0.7, top_k=2**40, top_p=0.9, uniform=0.75),
+            SamplingRow(biased=(7,), biases=(-np.inf,), seen=(1, 2), counts=np.array([0, 3]), repetition_penalty=1.5),
+            SamplingRow(min_p=0.5, biased=(3, 4), biases=(9.0, -1.0))]
+    samplings, adjustments = pack([3, 0, 1, 1], rows)
+    assert (SAMPLING.itemsize, ADJUSTMENT.itemsize) == (48, 8)  # as in native/draw.cuh
+    assert samplings["row"].tolist() == [3, 0, 1, 1]
+    assert samplings["temperature"].tolist() == [0, np.float32(0.7), 0, 0]
+    assert samplings["top_k"].tolist() == [0, 2**31 - 1, 0, 0]
+    assert samplings["uniform"].tolist() == [0, 3 << 30, 0, 0]
+    assert samplings[["first", "biased", "seen"]].tolist() == [(0, 0, 0), (0, 0, 0), (0, 1, 2), (3, 2, 0)]
+    assert adjustments.tolist() == [(7, -np.inf), (1, 0), (2, 3), (3, 9), (4, -1)]
 
 
 def test_decode_steps_are_padded_to_buckets_and_others_are_not() -> None:

@@ -19,7 +19,7 @@ from tensorwright.errors import EngineError, IncompatibleEngineError
 from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version, program_text
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.registry import KERNELS
-from tensorwright.kernels.cuda.sample import GREEDY, greedy_source
+from tensorwright.kernels.cuda.sample import step_sources
 from tensorwright.kernels.cuda.targets import can_overlap, check_target, resolve_target
 from tensorwright.kernels.interface import Kernel, Source, Target, symbols
 from tensorwright.program.program import Program
@@ -46,7 +46,7 @@ class CudaBackend:
         """Cubins one after the other; where each begins, its kernels, and each entry point's launches."""
         sources = {symbol: source for symbol, source in zip(symbols(plan.sources), plan.sources, strict=True)
                    if isinstance(source, GpuSource)}
-        sources[GREEDY] = greedy_source(plan.program)
+        sources |= step_sources(plan.program)
         choices = choose_stretches(plan.program, plan.target, _layouts(plan), plan.tuning.timings)
         stretches = [stretch for choice in choices for stretch in choice.stretches]
         sources |= {stretch.entry: stretch.source for stretch in stretches}

@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 class Batch:
     """All int32 and C-contiguous. tokens T, sequences S, rows that get logits R."""
 
-    token_ids: Ints  # [T]; −1 − i: what the last `Executor.sample` drew as its number i
+    token_ids: Ints  # [T]; −1 − i: what was drawn from the step before this one as number i
     positions: Ints  # [T]
     slots: Ints  # [T]
     query_starts: Ints  # [S]

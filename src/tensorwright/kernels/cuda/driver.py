@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from cuda.bindings import driver
@@ -56,7 +57,7 @@ class Call:
         attribute = _Attribute(COOPERATIVE if cooperative else OVERLAP, value=1)
         self._configuration = _Configuration(1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(attribute),
                                              int(overlap or cooperative))
-        self._values = [_structure(kind) for kind in kinds]
+        self._values = [_structure(*((kind,) if isinstance(kind, str) else kind))() for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
         self._fields = [(value, field[0]) for value in self._values for field in value._fields_]
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
@@ -107,8 +108,8 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _structure(kind: str | Sequence[str]) -> ctypes.Structure:
-    kinds = (kind,) if isinstance(kind, str) else kind
-    fields = [(f"argument{index}", KINDS[each]) for index, each in enumerate(kinds)]
-    made: ctypes.Structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})()
-    return made
+@cache
+def _structure(*kinds: str) -> type[ctypes.Structure]:
+    """Making such a type takes longer than a launch, and hundreds of launches share a few."""
+    fields = [(f"argument{index}", KINDS[kind]) for index, kind in enumerate(kinds)]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})

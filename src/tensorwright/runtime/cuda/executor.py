@@ -23,7 +23,7 @@ from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes
 from tensorwright.runtime.cuda.logits import DeviceLogits, LateDraw, Results
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
 from tensorwright.runtime.cuda.plan import Plan
-from tensorwright.runtime.cuda.sampling import choose, is_greedy
+from tensorwright.runtime.cuda.sampling import Samplings, is_greedy
 
 NOT_IN_NUMPY: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16,
                                         torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}
@@ -32,7 +32,7 @@ NOT_IN_NUMPY: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16,
 class CudaExecutor:
     """`runtime.batch.Executor` over an engine's cubins. Everything runs on one stream, in the order of the calls."""
 
-    runs_ahead = False  # no kernel yet puts a token that was just drawn into the next step
+    runs_ahead = True
 
     def __init__(self, engine: Engine, *, num_blocks: int, communicator: Communicator | None = None,
                  graphs: bool = True, stretches: bool = True) -> None:
@@ -59,8 +59,9 @@ class CudaExecutor:
         self._buckets = _buckets(min(limits.max_batch_size * limits.max_beam_width, self._max_tokens))
         self._weights = Weights(engine, self.device)
         self._caches = Caches(engine, num_blocks, self.device)
-        self._inputs = Inputs(self.device)
+        self._inputs, self._samplings = Inputs(self.device), Samplings(self.device)
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch: no types
+        self._results = Results(self.device)
         self._bind(self._buckets[-1])
 
     def _bind(self, max_outputs: int) -> None:
@@ -74,7 +75,7 @@ class CudaExecutor:
                           stretches=self._stretches_wanted)
         self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
         self._graphs_address = self._inputs.address
-        self._results = Results(max_outputs, self.device)
+        self._results.grow(max_outputs)
 
     def execute(self, batch: Batch) -> DeviceLogits:
         """Logits float32 [R, vocab] on the device, overwritten by the next call, with the greedy choice of each row."""
@@ -109,11 +110,13 @@ class CudaExecutor:
             self._launch(begin, end, sizes, inputs)
 
     def _launch(self, begin: int, end: int, sizes: Sizes, inputs: dict[str, int]) -> None:
-        """Ops one after the other and, after the last, the greedy choice."""
-        stream, results = self._stream.cuda_stream, int(self._results.memory.data_ptr())
+        """Ops one after the other; in a whole step, tokens that were just drawn before, and the greedy choice after."""
+        stream, results = self._stream.cuda_stream, self._results
+        if (begin, end) == (0, len(self.program.ops)):
+            self._plan.take(sizes.tokens, inputs["token_ids"], results.drawn, stream)
         self._plan.run(begin, end, sizes, inputs, stream)
         if end == len(self.program.ops) and sizes.outputs:
-            self._plan.choose(sizes.outputs, int(self.logits.data_ptr()), results, stream)
+            self._plan.choose(sizes.outputs, self.logits, results.chosen, results.drawn, stream)
 
     def _replay(self, bucket: Sizes, inputs: dict[str, int]) -> bool:
         """Run the bucket's graph, recorded when it comes for the second time: the first run makes what it needs."""
@@ -147,8 +150,9 @@ class CudaExecutor:
         """A token and its log probability for each row of logits (see `runtime.sampling` for the meaning)."""
         with torch.cuda.stream(self._stream), torch.no_grad():
             if not (logits.is_whole and all(is_greedy(row) for row in rows)):
-                lines = logits.lines
-                self._results.put(*choose(lines, rows), lines.sum(dim=1))
+                samplings, adjustments = self._samplings.send(logits.rows, rows)
+                self._plan.draw(len(rows), logits.values, samplings, adjustments, self._results.chosen,
+                                self._results.drawn, self._stream.cuda_stream)
             return self._results.send(len(rows))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:

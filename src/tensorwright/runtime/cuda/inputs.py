@@ -1,8 +1,4 @@
-"""A step's arrays on the device: packed into one pinned piece, sent in one copy. It knows the batch's layout only.
-
-The device has them once: steps follow each other there. The host has them twice, so that one step can be packed while
-the copy of the last one waits for its turn.
-"""
+"""A step's arrays on the device: packed into one pinned piece, sent in one copy. It knows the batch's layout only."""
 
 from __future__ import annotations
 
@@ -11,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tensorwright.program.ops import BATCH_INPUTS
-from tensorwright.runtime.batch import Batch
+from tensorwright.runtime.batch import Batch, Ints
 
 ALIGNED_INTS = 4
 
@@ -46,15 +43,49 @@ class Sizes:
         return starts, end
 
 
+class Staging:
+    """Memory of the device, and pinned memory of the same size to fill it from.
+
+    Once is enough: while one step runs its copy has ended, so that the next one can be packed.
+    """
+
+    def __init__(self, device: torch.device, ints: int) -> None:
+        self._device = device
+        self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch: no types
+        self._pinned: torch.Tensor
+        self._memory: torch.Tensor
+        self._grow(ints)
+
+    def begin(self, ints: int) -> Ints:
+        """Pinned memory to be filled, with whatever stands there, once the last copy has ended."""
+        self._copied.synchronize()
+        if ints > self._memory.shape[0]:
+            self._grow(ints)
+        numbers: NDArray[np.int32] = self._pinned.numpy()
+        return numbers[:ints]
+
+    def send(self, ints: int) -> int:
+        """Copy what was filled, on the current stream; gives its address on the device."""
+        self._memory[:ints].copy_(self._pinned[:ints], non_blocking=True)
+        self._copied.record()
+        return self.address
+
+    @property
+    def address(self) -> int:
+        """Where it begins on the device now."""
+        return int(self._memory.data_ptr())
+
+    def _grow(self, ints: int) -> None:
+        torch.cuda.synchronize(self._device)  # a step may still read what is given up here
+        self._pinned = torch.zeros(ints, dtype=torch.int32, pin_memory=True)
+        self._memory = torch.zeros(ints, dtype=torch.int32, device=self._device)
+
+
 class Inputs:
-    """Device memory for the largest step, and twice the same in pinned memory."""
+    """The batch's arrays of one step after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._turn = device, 0
-        self._copied: list[Any] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # no types
-        self._pinned: list[torch.Tensor]
-        self._memory: torch.Tensor
-        self._grow(1 << 14)
+        self._staging = Staging(device, 1 << 14)
 
     def send(self, batch: Batch, sizes: Sizes) -> dict[str, int]:
         """Copy a batch, padded to `sizes`, on the current stream, and give the address of each array.
@@ -62,12 +93,7 @@ class Inputs:
         Padding is of sequences without tokens, and of tokens whose keys and values go nowhere.
         """
         starts, end = sizes.offsets()
-        if end > self._memory.shape[0]:
-            self._grow(end)
-        self._turn = 1 - self._turn
-        pinned, copied = self._pinned[self._turn], self._copied[self._turn]
-        copied.synchronize()
-        numbers = pinned.numpy()
+        numbers = self._staging.begin(end)
         for name, start in starts.items():
             array = getattr(batch, name)
             into = numbers[start:start + sizes.of(name)]
@@ -76,20 +102,13 @@ class Inputs:
                 into.reshape(sizes.sequences, -1)[:array.shape[0], :array.shape[1]] = array
             else:
                 into[:array.shape[0]] = array
-        self._memory[:end].copy_(pinned[:end], non_blocking=True)
-        copied.record()
-        base = int(self._memory.data_ptr())
+        base = self._staging.send(end)
         return {name: base + 4 * start for name, start in starts.items()}
 
     @property
     def address(self) -> int:
         """Where they begin now: graphs that were recorded with another address are void."""
-        return int(self._memory.data_ptr())
-
-    def _grow(self, ints: int) -> None:
-        torch.cuda.synchronize(self._device)  # a step may still read what is given up here
-        self._pinned = [torch.zeros(ints, dtype=torch.int32, pin_memory=True) for _ in range(2)]
-        self._memory = torch.zeros(ints, dtype=torch.int32, device=self._device)
+        return self._staging.address
 
 
 def sizes_of(batch: Batch) -> Sizes:

@@ -16,22 +16,24 @@ class DeviceLogits:
 
     def __init__(self, values: torch.Tensor, stream: Any, rows: Sequence[int] | None = None) -> None:
         """`rows`: of the values, in this order; None: all of them."""
-        self._values, self._stream, self._rows = values, stream, rows
+        self.values, self._stream = values, stream
+        self.rows = range(values.shape[0]) if rows is None else rows
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(R, V)."""
-        return len(self), int(self._values.shape[1])
+        return len(self), int(self.values.shape[1])
 
     def __len__(self) -> int:
-        return int(self._values.shape[0]) if self._rows is None else len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> Floats | DeviceLogits:
         """A row or a range of them on the host, once they are there; rows of a list stay where they are."""
         if not isinstance(rows, (int, slice)):
-            return DeviceLogits(self._values, self._stream, [self._row(row) for row in rows])
+            return DeviceLogits(self.values, self._stream, [self.rows[row] for row in rows])
+        wanted = self.rows[rows]
         with torch.cuda.stream(self._stream):
-            return np.asarray(self.lines[rows].cpu().numpy())
+            return np.asarray(self.values[wanted if isinstance(wanted, int) else list(wanted)].cpu().numpy())
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> Floats:
         """All of them on the host."""
@@ -40,37 +42,43 @@ class DeviceLogits:
     @property
     def is_whole(self) -> bool:
         """Whether these are all rows of the step, in their order."""
-        return self._rows is None
-
-    @property
-    def lines(self) -> torch.Tensor:
-        """The rows on the device."""
-        return self._values if self._rows is None else self._values[torch.tensor(self._rows)]
-
-    def _row(self, row: int) -> int:
-        return row if self._rows is None else self._rows[row]
+        return isinstance(self.rows, range)
 
 
 class Results:
-    """What was drawn: tw::Chosen on the device, and twice on the host, for two draws that are not asked for yet."""
+    """What was chosen and drawn: tw::Chosen on the device, and what was drawn twice on the host, for two draws that are
+    not asked for yet.
+    """
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.memory = torch.zeros((count, 4), dtype=torch.float32, device=device)
-        self._pinned = [torch.zeros((count, 4), dtype=torch.float32, pin_memory=True) for _ in range(2)]
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._turn = device, 0
         self._copied: list[Any] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # no types
-        self._turn = 0
+        self._chosen = self._drawn = torch.zeros((0, 4), dtype=torch.float32, device=device)
+        self._pinned: list[torch.Tensor] = []
 
-    def put(self, tokens: torch.Tensor, log_probs: torch.Tensor, sums: torch.Tensor) -> None:
-        """Replace the first of them: int64, float32, float32 [R]."""
-        into = self.memory[:tokens.shape[0]]
-        into[:, 0] = tokens.to(torch.int32).view(torch.float32)
-        into[:, 1], into[:, 2] = log_probs, sums
+    def grow(self, count: int) -> None:
+        """Memory for so many rows. What was drawn last stays: the next step may be waiting for it."""
+        before = self._drawn
+        self._chosen, self._drawn = (torch.zeros((count, 4), dtype=torch.float32, device=self._device)
+                                     for _ in range(2))
+        self._drawn[:before.shape[0]].copy_(before[:count])
+        self._pinned = [torch.zeros((count, 4), dtype=torch.float32, pin_memory=True) for _ in range(2)]
+
+    @property
+    def chosen(self) -> int:
+        """Where the greedy choice of each row of logits is."""
+        return int(self._chosen.data_ptr())
+
+    @property
+    def drawn(self) -> int:
+        """Where the tokens are that were drawn last."""
+        return int(self._drawn.data_ptr())
 
     def send(self, count: int) -> LateDraw:
-        """Copy the first of them to the host, on the current stream."""
+        """Copy the first that were drawn to the host, on the current stream."""
         self._turn = 1 - self._turn
         pinned, copied = self._pinned[self._turn], self._copied[self._turn]
-        pinned[:count].copy_(self.memory[:count], non_blocking=True)
+        pinned[:count].copy_(self._drawn[:count], non_blocking=True)
         copied.record()
         return LateDraw(pinned[:count], copied)
 

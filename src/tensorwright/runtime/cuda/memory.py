@@ -15,6 +15,7 @@ import torch
 from tensorwright.engine.engine import Engine
 from tensorwright.errors import EngineError, LimitError
 from tensorwright.kernels.cuda.launch import GpuSource, from_json, scratch_offsets
+from tensorwright.kernels.cuda.sample import DRAW
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32,
           "float8_e4m3": torch.float8_e4m3fn}
@@ -100,7 +101,8 @@ def entries_of(engine: Engine) -> dict[str, GpuSource]:
 
 def scratch_bytes(engine: Engine, rows: Mapping[str, int]) -> int:
     """What the most demanding op needs."""
-    entries, most = entries_of(engine), ALIGNMENT
+    entries = entries_of(engine)
+    most = scratch_offsets(dict(entries[DRAW].scratch), {"rows": rows["outputs"], "one": 1})[1]
     for op, step in zip(engine.program.ops, engine.steps, strict=True):
         symbol = str(engine.program.buffers[op.outputs[0]].shape[0])
         for variant in step.variants:

@@ -19,7 +19,7 @@ from tensorwright.kernels.cuda.launch import (
     parameter_kinds,
     scratch_offsets,
 )
-from tensorwright.kernels.cuda.sample import GREEDY
+from tensorwright.kernels.cuda.sample import DRAW, GREEDY, TAKE
 from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Op
 from tensorwright.runtime.cuda.inputs import Sizes
@@ -69,7 +69,7 @@ class Plan:
         self._entries, self._code = entries_of(engine), engine.kernels()
         self._modules: dict[int, Any] = {}
         self._functions: dict[tuple[str, int], Function] = {}
-        self._greedy: Call | None = None
+        self._calls: dict[str, Call] = {}  # of what belongs to no op
         self._bound: dict[tuple[int, str], list[_Bound | _Matmul]] = {}
         self._kept: list[torch.Tensor] = []  # memory of stretches
 
@@ -117,14 +117,29 @@ class Plan:
         return _Resolved(arguments, offsets, tuple(tuple(size.at(symbols) for size in launch.grid)
                                                    for launch in source.launches))
 
-    def choose(self, rows: int, logits: int, chosen: int, stream: int) -> None:
-        """The greedy choice of each row, over logits and into tw::Chosen at these addresses."""
-        launch = self._entries[GREEDY].launches[0]
-        if self._greedy is None:
-            self._greedy = self._call(launch)
-        for index, address in enumerate((logits, chosen)):
-            self._greedy.set(index, address)
-        self._greedy.launch([size.at({"rows": rows, "one": 1}) for size in launch.grid], stream)
+    def choose(self, rows: int, logits: torch.Tensor, chosen: int, drawn: int, stream: int) -> None:
+        """The greedy choice of each row, as tw::Chosen into both addresses."""
+        self._run_call(GREEDY, (logits.data_ptr(), chosen, drawn), {"rows": rows, "one": 1}, stream)
+
+    def draw(self, rows: int, logits: torch.Tensor, samplings: int, adjustments: int, chosen: int, drawn: int,
+             stream: int) -> None:
+        """Other draws: settings and the greedy choice of each row of logits from their addresses, tw::Chosen into the
+        last one.
+        """
+        arguments = (logits.data_ptr(), self._activations.scratch.data_ptr(), samplings, adjustments, chosen, drawn)
+        self._run_call(DRAW, arguments, {"rows": rows, "one": 1}, stream)
+
+    def take(self, tokens: int, token_ids: int, drawn: int, stream: int) -> None:
+        """Token ids that stand for what was drawn, filled in; both are addresses."""
+        self._run_call(TAKE, (token_ids, drawn, tokens), {"tokens": tokens, "one": 1}, stream)
+
+    def _run_call(self, entry: str, arguments: Sequence[int], symbols: Symbols, stream: int) -> None:
+        launch = self._entries[entry].launches[0]
+        if entry not in self._calls:
+            self._calls[entry] = self._call(launch)
+        for index, argument in enumerate(arguments):
+            self._calls[entry].set(index, argument)
+        self._calls[entry].launch([size.at(symbols) for size in launch.grid], stream)
 
     def _multiply(self, m: _Matmul, offsets: Symbols, rows: int) -> None:
         """C = a · bᵀ, 16-bit numbers, float32 sums and results."""

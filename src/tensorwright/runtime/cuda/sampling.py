@@ -1,67 +1,59 @@
-"""`runtime.sampling` on the device, with torch: one token a row, whatever its parameters. It knows only logits."""
+"""How tokens are to be drawn, packed for the device: the structures of kernels/cuda/native/draw.cuh. It draws none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tensorwright.runtime.batch import SamplingRow
+from tensorwright.runtime.cuda.inputs import Staging
+
+SAMPLING = np.dtype([("row", np.int32), ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32),
+                     ("min_p", np.float32), ("uniform", np.uint32), ("repetition", np.float32),
+                     ("presence", np.float32), ("frequency", np.float32), ("first", np.int32), ("biased", np.int32),
+                     ("seen", np.int32)])
+ADJUSTMENT = np.dtype([("token", np.int32), ("value", np.float32)])
 
 
-def choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 and log probabilities float32 [R], of logits float32 [R, V]; nothing waits for the device."""
-    tokens = logits.argmax(dim=1)
-    for index, row in enumerate(rows):
-        if not is_greedy(row):
-            tokens[index] = _choose(_adjusted(logits[index], row), row)
-    chosen = logits.gather(1, tokens[:, None])[:, 0]
-    log_probs = (chosen.double() - logits.double().logsumexp(dim=1)).float()
-    return tokens, torch.where(chosen.isfinite(), log_probs, torch.nan)
+class Samplings:
+    """The settings of one draw after the other, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._staging = Staging(device, 1 << 10)
+
+    def send(self, lines: Sequence[int], rows: Sequence[SamplingRow]) -> tuple[int, int]:
+        """Copy them on the current stream; gives the addresses of tw::Sampling and tw::Adjustment.
+
+        `lines`: the row of logits that each token is drawn from.
+        """
+        samplings, adjustments = pack(lines, rows)
+        parts = [part.view(np.int32) for part in (samplings, adjustments)]
+        size = sum(part.shape[0] for part in parts)
+        np.concatenate(parts, out=self._staging.begin(size))
+        address = self._staging.send(size)
+        return address, address + samplings.nbytes
+
+
+def pack(lines: Sequence[int], rows: Sequence[SamplingRow]) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Arrays of SAMPLING, one for each row, and of ADJUSTMENT: each row's biases, then its tokens with their counts."""
+    samplings, start = np.zeros(len(rows), SAMPLING), 0
+    pieces: list[NDArray[np.void]] = [np.zeros(0, ADJUSTMENT)]
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        samplings[index] = (line, row.temperature, min(row.top_k, 2**31 - 1), row.top_p, row.min_p,
+                            int(row.uniform * 2.0**32), row.repetition_penalty, row.presence_penalty,
+                            row.frequency_penalty, start, len(row.biased), len(row.seen))
+        for tokens, values in ((row.biased, row.biases), (row.seen, row.counts)):
+            if len(tokens):
+                piece = np.zeros(len(tokens), ADJUSTMENT)
+                piece["token"], piece["value"] = tokens, values
+                pieces.append(piece)
+                start += len(tokens)
+    return samplings, np.concatenate(pieces)
 
 
 def is_greedy(row: SamplingRow) -> bool:
     """Whether the token is simply that of the largest logit."""
     return row.temperature == 0 and not len(row.biased) and not len(row.seen)
-
-
-def _adjusted(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """A copy with biases and penalties."""
-    result = logits.clone()
-    device = logits.device
-    if len(row.biased):
-        result.index_add_(0, torch.tensor([int(i) for i in row.biased], device=device),
-                          torch.tensor([float(b) for b in row.biases], dtype=torch.float32, device=device))
-    if len(row.seen):
-        seen = torch.tensor([int(i) for i in row.seen], device=device)
-        counts = torch.tensor([int(c) for c in row.counts], dtype=torch.float32, device=device)
-        values = result[seen]
-        values = torch.where(values > 0, values / row.repetition_penalty, values * row.repetition_penalty)
-        result[seen] = values - (row.presence_penalty * (counts > 0) + row.frequency_penalty * counts)
-    return result
-
-
-def _choose(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """The reference's order: temperature, top-k, then min-p and top-p of the same probabilities, then the draw."""
-    if row.temperature == 0:
-        return logits.argmax()
-    scaled = (logits.double() - logits.max().double()) / row.temperature
-    scaled = torch.nan_to_num(scaled, nan=0.0, neginf=-torch.inf)
-    if row.top_k == 0 and row.top_p >= 1 and row.min_p == 0:
-        return _draw(scaled.exp(), row.uniform)
-    ordered, order = scaled.sort(descending=True, stable=True)
-    if row.top_k:
-        ordered, order = ordered[:row.top_k], order[:row.top_k]
-    probabilities = ordered.exp()
-    probabilities = probabilities / probabilities.sum()
-    before = probabilities.cumsum(0) - probabilities
-    kept = (before < row.top_p) & (probabilities >= row.min_p * probabilities[0])
-    return order[_draw(torch.where(kept, probabilities, 0.0), row.uniform)]
-
-
-def _draw(weights: torch.Tensor, fraction: float) -> torch.Tensor:
-    """The first index whose cumulative weight passes the fraction of the sum."""
-    cumulative = weights.cumsum(0)
-    index = torch.searchsorted(cumulative, fraction * cumulative[-1:], right=True)[0]
-    last = torch.where(weights > 0, torch.arange(weights.shape[0], device=weights.device), 0).max()
-    return torch.minimum(index, last)

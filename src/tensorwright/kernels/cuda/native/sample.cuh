@@ -1,4 +1,4 @@
-// The greedy choice from each row of logits, and what else every step wants to know of them.
+// The greedy choice from each row of logits, what else every step wants to know of them, and its way into the next step.
 #pragma once
 #include "numbers.cuh"
 
@@ -11,39 +11,57 @@ struct Chosen {
   float unused;
 };
 
-// Grid: rows. Once over the row for the largest, once more, from the L2, for the sum of exponentials.
-template <int COLUMNS> __global__ void __launch_bounds__(1024) greedy(const float* logits, Chosen* chosen) {
+struct Largest {
+  float value;
+  int token;
+  __device__ void take(float other, int index) {
+    if (other > value || (other == value && index < token)) value = other, token = index;
+  }
+};
+
+// Over a row, in all 1024 threads of the block; the lowest of equal ones. `seen` sees every number once.
+template <int COLUMNS, class Seen> __device__ Largest block_largest(const float* row, Seen seen) {
   constexpr int WARPS = 32;
-  __shared__ float largest[WARPS];
-  __shared__ int tokens[WARPS];
-  begin_kernel();
-  const float* row = logits + (size_t)blockIdx.x * COLUMNS;
-  const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  float best = -__int_as_float(0x7f800000), sum = 0.f;
-  int token = COLUMNS;
-  auto take = [&](float value, int index) {
-    if (value > best || (value == best && index < token)) best = value, token = index;
-  };
+  __shared__ Largest all[WARPS];
+  Largest mine = {-__int_as_float(0x7f800000), COLUMNS};
   for (int i = threadIdx.x; i < COLUMNS; i += 1024) {
     const float value = row[i];
-    take(value, i);
-    sum += value;
+    mine.take(value, i);
+    seen(value);
   }
 #pragma unroll
   for (int o = LANES / 2; o; o /= 2) {
-    const float value = __shfl_xor_sync(~0u, best, o);
-    const int index = __shfl_xor_sync(~0u, token, o);
-    take(value, index);
+    const float value = __shfl_xor_sync(~0u, mine.value, o);
+    const int index = __shfl_xor_sync(~0u, mine.token, o);
+    mine.take(value, index);
   }
-  if (lane == 0) largest[warp] = best, tokens[warp] = token;
+  if (threadIdx.x % LANES == 0) all[threadIdx.x / LANES] = mine;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) take(largest[i], tokens[i]);
+  for (int i = 0; i < WARPS; i++) mine.take(all[i].value, all[i].token);
+  mine.token = min(mine.token, COLUMNS - 1);  // of a row without numbers
+  return mine;
+}
+
+// Grid: rows. Once over the row for the largest, once more, from the L2, for the sum of exponentials. What is chosen
+// counts as drawn until something else is.
+template <int COLUMNS> __global__ void __launch_bounds__(1024) greedy(const float* logits, Chosen* chosen, Chosen* drawn) {
+  begin_kernel();
+  const float* row = logits + (size_t)blockIdx.x * COLUMNS;
+  float sum = 0.f;
+  const Largest largest = block_largest<COLUMNS>(row, [&](float value) { sum += value; });
   sum = block_sum<1024>(sum);
   float exponentials = 0.f;
-  for (int i = threadIdx.x; i < COLUMNS; i += 1024) exponentials += __expf(row[i] - best);
+  for (int i = threadIdx.x; i < COLUMNS; i += 1024) exponentials += __expf(row[i] - largest.value);
   exponentials = block_sum<1024>(exponentials);
-  if (threadIdx.x == 0) chosen[blockIdx.x] = {min(token, COLUMNS - 1), -logf(exponentials), sum, 0.f};
+  if (threadIdx.x == 0) chosen[blockIdx.x] = drawn[blockIdx.x] = {largest.token, -logf(exponentials), sum, 0.f};
+}
+
+// Token ids that were not known when the step was prepared: -1 - i is the token drawn as number i.
+__global__ void __launch_bounds__(256) take_tokens(int* token_ids, const Chosen* drawn, int count) {
+  begin_kernel();
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i < count && token_ids[i] < 0) token_ids[i] = drawn[-1 - token_ids[i]].token;
 }
 
 }  // namespace tw
