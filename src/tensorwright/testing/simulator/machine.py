@@ -26,6 +26,7 @@ from tensorwright.testing.simulator.ptx import Body, parse
 
 NATIVE_FOLDER = Path(__file__).parent / "native"
 MESSAGE_BYTES = 1 << 12
+RESIDENT = 256  # blocks that run side by side, as on a GPU of so many places
 LIMIT = 2_000_000_000  # instructions of warps; more is taken for a kernel that does not end
 
 
@@ -42,10 +43,10 @@ class SimulatedKernel:
     parameter_bytes: int
 
     def launch(self, grid: Sequence[int], block: Sequence[int], shared_bytes: int, parameters: bytes, *,
-               ranges: Iterable[tuple[int, int]] = (), resident: int = 1 << 30, seed: int = 0,
+               ranges: Iterable[tuple[int, int]] = (), resident: int = RESIDENT, seed: int = 0,
                limit: int = LIMIT) -> int:
         """Run it to its end; gives the number of instructions. `ranges`: (address, bytes) of memory that it may touch;
-        none: anywhere. `resident`: blocks that run side by side. Another `seed` is another order of warps and copies.
+        none: anywhere. Another `seed` is another order of warps and copies.
 
         Raises:
             SimulationError: what went wrong first, with the instruction.

@@ -1,7 +1,7 @@
 // Runs a kernel: blocks side by side, their warps in random turns, lanes of a warp together where they are together.
 //
 // Of a warp's groups of lanes the one that is furthest behind runs, so that lanes which parted meet again. An instruction of
-// a whole warp waits for all lanes that it names. Blocks that wait for each other all run when they all fit ("resident").
+// a whole warp waits for all lanes that it names.
 #pragma once
 #include "convert.h"
 #include "tensor.h"
@@ -26,6 +26,8 @@ inline void start_warp(Warp& warp, Block& block, Machine& machine, int number, c
                                   place[0], place[1], place[2], grid[0], grid[1], grid[2], lane, number};
     for (int i = 0; i < SPECIALS; i++) warp.row<i32>(kernel.special_row + i * LANES * 4)[lane] = values[i];
   }
+  warp.copies.clear();
+  std::fill(warp.copy_group, warp.copy_group + LANES, 0);
   warp.groups = {{0, warp.present, false, -1}};
 }
 
@@ -126,21 +128,25 @@ inline std::string deadlock(Block& block, const Kernel& kernel) {
   return "nothing can go on";
 }
 
-// Runs the blocks from `first` on, `count` of them together.
-inline void run_blocks(Machine& machine, i64 first, i64 count, const i32* grid, const i32* shape, i32 dynamic_bytes, u64& left) {
-  std::deque<Block> blocks(count);
-  const int threads = shape[0] * shape[1] * shape[2], warps = (threads + LANES - 1) / LANES;
-  for (i64 b = 0; b < count; b++) {
-    const i64 index = first + b;
-    const i32 place[3] = {i32(index % grid[0]), i32(index / grid[0] % grid[1]), i32(index / grid[0] / grid[1])};
-    blocks[b].shared.assign(machine.kernel->shared_bytes + dynamic_bytes, POISON);
-    blocks[b].live_threads = threads;
-    blocks[b].warps.resize(warps);
-    for (int w = 0; w < warps; w++) start_warp(blocks[b].warps[w], blocks[b], machine, w, grid, shape, place);
-  }
+inline void start_block(Block& block, Machine& machine, i64 index, const i32* grid, const i32* shape, i32 dynamic_bytes) {
+  const i32 threads = shape[0] * shape[1] * shape[2];
+  const i32 place[3] = {i32(index % grid[0]), i32(index / grid[0] % grid[1]), i32(index / grid[0] / grid[1])};
+  block.shared.assign(machine.kernel->shared_bytes + dynamic_bytes, POISON);
+  block.live_threads = threads;
+  block.warps.resize((threads + LANES - 1) / LANES);
+  for (size_t w = 0; w < block.warps.size(); w++) start_warp(block.warps[w], block, machine, int(w), grid, shape, place);
+}
+
+// Runs all blocks, at most `resident` of them side by side: one that has ended makes room for the next.
+inline void run_blocks(Machine& machine, i64 resident, const i32* grid, const i32* shape, i32 dynamic_bytes, u64& left) {
+  const i64 count = i64(grid[0]) * grid[1] * grid[2];
+  std::deque<Block> blocks(std::min(count, resident));
   std::vector<std::pair<Block*, Warp*>> order;
-  for (Block& block : blocks)
+  i64 next = 0;
+  for (Block& block : blocks) {
+    start_block(block, machine, next++, grid, shape, dynamic_bytes);
     for (Warp& warp : block.warps) order.push_back({&block, &warp});
+  }
   while (machine.error.empty()) {
     bool did = false, is_over = true;
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[machine.next_random() % i]);
@@ -150,14 +156,16 @@ inline void run_blocks(Machine& machine, i64 first, i64 count, const i32* grid, 
       if (!block->bulk.empty() && machine.next_random() % 2) land_bulk(*block, machine.next_random() % block->bulk.size()), did = true;
     }
     for (Block& block : blocks) {
+      if (block.live_threads == 0 && next < count) start_block(block, machine, next++, grid, shape, dynamic_bytes), did = true;
       if (block.live_threads > 0) is_over = false;
       while (!did && !block.bulk.empty()) land_bulk(block, 0), did = true;
     }
     if (is_over) return;
-    if (!did)
-      for (Block& block : blocks)
-        if (block.live_threads > 0 && machine.error.empty()) machine.error = deadlock(block, *machine.kernel);
-    if (left == 0 && machine.error.empty()) machine.error = "the kernel did not end within its number of instructions; " + deadlock(blocks[0], *machine.kernel);
+    for (Block& block : blocks) {
+      if (!machine.error.empty() || block.live_threads == 0) continue;
+      if (!did) machine.error = deadlock(block, *machine.kernel);
+      else if (left == 0) machine.error = "the kernel did not end within its number of instructions; " + deadlock(block, *machine.kernel);
+    }
   }
 }
 

@@ -53,10 +53,8 @@ SIM_EXPORT uint64_t sim_launch(void* kernel, const int32_t* shapes, int32_t dyna
   machine.random = seed * 2 + 1;
   machine.parameters.assign(parameters, parameters + parameter_bytes);
   for (int64_t i = 0; i < num_ranges; i++) machine.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
-  const int64_t blocks = int64_t(shapes[0]) * shapes[1] * shapes[2];
   uint64_t left = limit;
-  for (int64_t first = 0; first < blocks && machine.error.empty(); first += resident)
-    sim::run_blocks(machine, first, std::min(resident, blocks - first), shapes, shapes + 3, dynamic_bytes, left);
+  sim::run_blocks(machine, resident, shapes, shapes + 3, dynamic_bytes, left);
   sim::answer(error, error_size, machine.error);
   return limit - left;
 }
