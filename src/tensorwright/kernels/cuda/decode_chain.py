@@ -140,6 +140,8 @@ def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argum
     per_processor = 2 if is_light and _steps(weight.shape) >= 2 * MOST_PROCESSORS else 1
     stages = _stages(shape, chain, per_processor)
     if stages is None:
+        per_processor, stages = 1, _stages(shape, chain, 1)
+    if stages is None:
         return None
     function = (f"tw::batched_linear<{native_weights(weight)}, {weight.shape[0]}, {weight.shape[1]}, {chain.tokens}, "
                 f"1, {stages}, {X_STAGES}, {sums}, {per_processor}, {output_type}>")
