@@ -59,6 +59,8 @@ def test_batch_inputs_do_not_overlap() -> None:
 
 
 def test_every_argument_of_a_launch_names_something(tmp_path: Path) -> None:
+    from tensorwright.runtime.cuda.inputs import Sizes
+
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
     recipe = Recipe(TinyModel("qwen3", head_size=32), "float16", "W4A16", int8_kv_cache=True, build={"target": "sm_90"})
     engine = Engine.open(build_engine(recipe, tmp_path))
@@ -66,10 +68,10 @@ def test_every_argument_of_a_launch_names_something(tmp_path: Path) -> None:
     for op, step in zip(engine.program.ops, engine.steps, strict=True):
         spec = OPS[op.kind]
         known = {"inputs": {n.rstrip("?") for n in spec.inputs}, "outputs": {n.rstrip("?") for n in spec.outputs},
-                 "weights": {n.rstrip("?") for n in spec.weights}, "sizes": {"rows", "table_width"}}
+                 "weights": {n.rstrip("?") for n in spec.weights}, "sizes": {"rows", *vars(Sizes(0, 0, 0, 0, 0))}}
         for variant in step.variants:
             source = from_json(entries[variant.symbol])
-            known["scratch"] = set(dict(source.scratch))
+            known |= {"scratch": set(dict(source.scratch)), "zeros": set(dict(source.zeros))}
             for argument in names(source.launches):
                 kind, _, name = argument.partition("+")[0].partition(".")
                 assert name in known[kind], (op.name, argument)
@@ -99,7 +101,7 @@ def test_a_gpu_that_is_too_small_is_answered_with_the_largest_step_that_fits(
         engine_dir = build_engine(Recipe(TinyModel("mistral", head_size=32), "float16", "W4A16", build=build), tmp_path)
         return LLM(engine_dir, executor=FakeExecutor())
 
-    monkeypatch.setattr(machines._Gpu, "available_bytes", lambda self, engine, communicator: 900_000)
+    monkeypatch.setattr(machines._Gpu, "available_bytes", lambda self, engine, communicator: 7_500_000)
     with pytest.raises(LimitError) as caught:
         open_with(256)
     found = int((caught.value.mend or "").rpartition("--max_num_tokens ")[2])

@@ -59,7 +59,7 @@ def test_every_bucket_has_a_stretch_at_any_length() -> None:
 
 
 @pytest.mark.parametrize("without", [(), ("sliding_window",)], ids=["given", "by default"])
-def test_a_window_matters_only_to_sequences_that_pass_it(without: tuple[str, ...]) -> None:
+def test_only_the_one_kernel_for_all_layers_knows_no_window(without: tuple[str, ...]) -> None:
     stretches, ops = stretches_of({"sliding_window": WINDOW}, without)
     assert entries(stretches, ops, WINDOW) == FUSED
-    assert entries(stretches, ops, WINDOW + 1) == [None] * len(BUCKETS)
+    assert entries(stretches, ops, WINDOW + 1) == [f"decode_{bucket}" for bucket in BUCKETS]

@@ -120,6 +120,7 @@ def _op_by_op(found: Sequence[Candidates], program: Program, tokens: int) -> Gpu
     launches: list[Launch] = []
     headers: dict[str, None] = {}
     scratch: dict[str, Size] = {}
+    zeros: dict[str, int] = {}
     for each, picks in zip(found, pick_all(found, program, {}), strict=True):
         pick = next((pick for pick in picks if tokens <= pick.max_rows), picks[-1])
         source = each.kernel.source(each.op, program, pick.tactic)
@@ -128,8 +129,9 @@ def _op_by_op(found: Sequence[Candidates], program: Program, tokens: int) -> Gpu
         headers |= dict.fromkeys(source.headers)
         place = each.op.name.rpartition(".")[2]
         scratch |= {f"{place}.{name}": size for name, size in source.scratch}
+        zeros |= {f"{place}.{name}": count for name, count in source.zeros}  # which are zero again after each launch
         launches += [replace(launch, arguments=_named(launch.arguments, each.op, place)) for launch in source.launches]
-    return GpuSource(tuple(headers), "", tuple(launches), tuple(scratch.items()))
+    return GpuSource(tuple(headers), "", tuple(launches), tuple(scratch.items()), tuple(zeros.items()))
 
 
 def _named(arguments: Arguments, op: Op, place: str) -> Arguments:
@@ -142,8 +144,8 @@ def _name(argument: Argument, op: Op, place: str) -> Argument:
         return argument
     whole, plus, offset = argument.partition("+")
     kind, _, name = whole.partition(".")
-    if kind == "scratch":
-        return f"scratch.{place}.{name}"
+    if kind in ("scratch", "zeros"):
+        return f"{kind}.{place}.{name}"
     if kind not in ("inputs", "outputs", "weights"):
         return argument
     operand = operand_name(op, whole)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensorwright.kernels.cuda import units
+from tensorwright.kernels.cuda.attention import decode_attention_launch
 from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
 from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, Stretch
@@ -21,8 +22,7 @@ from tensorwright.program.program import Op, Program, Weight
 SMALL, BATCHED = (1, 2, 4), (8, 16, 32, 64)  # sequences, by the linear that runs them
 WARPS, X_STAGES, STATIC_SHARED = 8, 3, 6 << 10  # of native/linear_batched.cuh
 BLOCK_ROWS, MOST_PROCESSORS = units.UNIT_ROWS * WARPS, 192
-MIN_CHUNK, BLOCKS_OF_ATTENTION = 256, 1056
-LOG2E = 1.4426950408889634
+BLOCKS_OF_ATTENTION = 1056
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
     """One for each number of sequences whose kernels fit the shapes and the target."""
     chains = [_Chain(program, target, decoder, tokens) for tokens in (*SMALL, *BATCHED)]
     sources = {chain.tokens: _source(chain) for chain in chains if _fits(chain)}
-    return tuple(Stretch(0, len(program.ops), tokens, 0, source, decoder.window)
+    return tuple(Stretch(0, len(program.ops), tokens, 0, source)
                  for tokens, source in sources.items() if source is not None)
 
 
@@ -113,14 +113,10 @@ def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | 
 
 
 def _attention(chain: _Chain, op: Op, cache: str) -> Launch:
-    s, warps = chain.shapes, 8 if chain.tokens < 64 else 4
-    function = (f"tw::decode_attention<{chain.number}, {chain.order}, {s.heads}, {s.kv_heads}, {s.block_size}, "
-                f"{warps}, {MIN_CHUNK}>")
     arguments = ("scratch.q", cache, "batch.block_tables", "batch.kv_lengths", "scratch.attended",
-                 "scratch.attention_parts", "zeros.attention_arrivals", "sizes.table_width",
-                 float(op.attributes["scale"] * LOG2E))
-    grid = (Size(times=_chunks(chain)), Size(times=s.kv_heads), Size(times=chain.tokens))
-    return Launch(function, grid, 32 * warps, 0, (arguments,))
+                 "scratch.attention_parts", "zeros.attention_arrivals", "sizes.table_width")
+    return decode_attention_launch(op, chain.program, chain.target, chain.tokens, chain.order, _chunks(chain),
+                                   arguments)
 
 
 def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argument, ...],

@@ -1,147 +1,241 @@
 // Causal attention over the paged cache, for any mix of prompt chunks and single tokens in a step.
 //
-// A block handles 64 rows of one sequence and one kv head: row r is token r / GROUP and query head r % GROUP, so that
-// every key and value is read once for all query heads that share it. Each of four warps has 16 rows and goes through
-// tiles of 32 keys with a running softmax (Dao et al., 2022). Products are of 16-bit numbers with float32 sums.
+//   attention<Type, Stored, Input, Output, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, SLOTS>
+//     Type: of the products, half or bfloat16 (half where Stored has 8 bits). Stored: of the cache: Type, signed char with
+//     scales, or float8. Input and Output: of q and y, float, half or bfloat16. D: a multiple of 16 up to 256.
+//   Threads: 128. Grid: any number of blocks, which share out the items. Shared memory: AttentionShape::SHARED_BYTES.
+//
+// Every key and value is read once for all query heads that share it: rows are pairs of a token and a query head.
+// Wide tiles (128 rows, 64 where D > 128): each of four warps has a quarter of the rows and goes through all keys.
+// Narrow tiles (16 rows): each warp has all rows and every fourth 16 keys; warps are merged at the end.
+// Where a tile's keys are shared out, the block that comes last merges what the others left.
 #pragma once
-#include "numbers.cuh"
-#include "weights.cuh"
+#include "attention_items.cuh"
+#include "attention_softmax.cuh"
+#include "attention_tiles.cuh"
 
 namespace tw {
 
-template <class Stored> struct AttentionStep {
-  const float* q;           // [tokens, HEADS * D]
-  const Stored* cache;      // [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
-  const float* scales;      // [blocks, 2, KV_HEADS, BLOCK_SIZE] where Stored is int8
+template <class Stored, class Input, class Output> struct AttentionStep {
+  const Input* q;        // [tokens, HEADS * D]
+  const Stored* cache;   // [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
+  const float* scales;   // [blocks, 2, KV_HEADS, BLOCK_SIZE] where Stored is int8
   const int* query_starts;  // [sequences]
   const int* query_lengths;
   const int* kv_lengths;
   const int* block_tables;  // [sequences, table_width]
-  float* y;                 // [tokens, HEADS * D]
-  int table_width;
-  float scale;              // of q . k
+  Output* y;             // [tokens, HEADS * D]
+  float* parts;          // [PART_ROWS, D], then [PART_ROWS, 2]: sums, and each row's highest score and sum of weights
+  int* arrivals;         // [GROUPS], 0 between launches
+  int tokens, sequences, table_width;
+  float scale;           // of q . k, times log2(e)
 };
 
-// Eight stored numbers as eight of Type.
-template <class Type> __device__ inline uint4 eight(const Type* from, const float*) { return *reinterpret_cast<const uint4*>(from); }
-template <class Type> __device__ inline uint4 eight(const signed char* from, const float* scale) {
-  const uint2 bytes = *reinterpret_cast<const uint2*>(from);
-  const signed char* codes = reinterpret_cast<const signed char*>(&bytes);
-  const float s = *scale;
-  return make_uint4(pack<Type>(codes[0] * s, codes[1] * s), pack<Type>(codes[2] * s, codes[3] * s),
-                    pack<Type>(codes[4] * s, codes[5] * s), pack<Type>(codes[6] * s, codes[7] * s));
-}
+template <class Type_, class Stored_, class Input_, class Output_, int HEADS, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, int SLOTS>
+struct AttentionShape {
+  using Type = Type_;
+  using Stored = Stored_;
+  using Input = Input_;
+  using Output = Output_;
+  static constexpr int KV_HEADS = KV_HEADS_, D = D_, BLOCK_SIZE = BLOCK_SIZE_, WINDOW = WINDOW_, THREADS = 128, WARPS = 4, GROUP = HEADS / KV_HEADS, WIDTH = HEADS * D;
+  static constexpr int ROW_TILES = D <= 128 ? 2 : 1, ROWS = WARPS * 16 * ROW_TILES, KEYS = D <= 128 ? 64 : 32, STRIDE = D + 8;
+  static constexpr int NARROW_ROWS = 16, SEEN = WINDOW > 0 ? WINDOW : ENDLESS;
+  using Items = AttentionItems<GROUP, KV_HEADS, WINDOW, ROWS>;
+  using Ring = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, KEYS, SLOTS, THREADS>;
+  static constexpr int QUERY_BYTES = ROWS * STRIDE * 2, SHARED_BYTES = QUERY_BYTES + Ring::BYTES;
+  using OneSlot = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, 16, 2, LANES>;
+  static constexpr int NARROW_BYTES = SHARED_BYTES / WARPS / 16 * 16, FITTING = 2 + (NARROW_BYTES - OneSlot::BYTES) / OneSlot::SLOT_BYTES;
+  using NarrowRing = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, 16, (FITTING < 8 ? FITTING : 8), LANES>;
+  static_assert(D % 16 == 0 && FITTING >= 2 && WARPS * NARROW_ROWS * D * 4 <= SHARED_BYTES, "shapes");
+};
 
-template <class Type> __device__ inline uint4 eight(const float8* from, const float*) {
-  using Numbers = Fp8Numbers<Type>;
-  const uint2 bytes = *reinterpret_cast<const uint2*>(from);
-  return make_uint4(Numbers::template pair<true>(bytes.x, 0), Numbers::template pair<true>(bytes.x, 1),
-                    Numbers::template pair<true>(bytes.y, 0), Numbers::template pair<true>(bytes.y, 1));
-}
+template <class S> struct AttentionBlock {
+  using Step = AttentionStep<typename S::Stored, typename S::Input, typename S::Output>;
+  using Type = typename S::Type;
+  const Step& p;
+  const AttentionItem& item;
+  char* memory;
+  int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
 
-template <class Type, class Stored, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
-__global__ void __launch_bounds__(128) attention(const AttentionStep<Stored> p) {
-  constexpr int GROUP = HEADS / KV_HEADS, ROWS = 64, KEYS = 32, STRIDE = D + 8, STEPS = D / 16, PIECES = D / 8;
-  constexpr float LEAST = -1e30f, LOG2E = 1.4426950408889634f;
-  static_assert(D % 16 == 0, "a step of the tensor core has 16 inputs");
-  __shared__ __align__(16) Type keys[KEYS][STRIDE], values[KEYS][STRIDE];
-  begin_kernel();
-  const int sequence = blockIdx.z, kv_head = blockIdx.y, first_row = blockIdx.x * ROWS;
-  const int length = p.query_lengths[sequence];
-  if (first_row >= length * GROUP) return;
-  const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-  const int start = p.query_starts[sequence], past = p.kv_lengths[sequence] - length;
-  const int* table = p.block_tables + (size_t)sequence * p.table_width;
-  auto token_of = [&](int upper) { return (first_row + warp * 16 + g + upper * 8) / GROUP; };
-  auto column_of = [&](int upper) { return (kv_head * GROUP + (first_row + warp * 16 + g + upper * 8) % GROUP) * D; };
+  __device__ int rows() const { return item.is_narrow ? S::NARROW_ROWS : S::ROWS; }
+  __device__ int used_rows() const { return min(rows(), item.length * S::GROUP - item.tile * rows()); }
+  __device__ int token(int row) const { return (item.tile * rows() + row) / S::GROUP; }
+  __device__ int position(int row) const { return item.past + min(token(row), item.length - 1); }
+  __device__ size_t column(int row) const {  // of q and y
+    return (size_t)(item.start + token(row)) * S::WIDTH + (item.kv_head * S::GROUP + (item.tile * rows() + row) % S::GROUP) * S::D;
+  }
+  __device__ size_t part(int share) const {  // row of parts
+    const int wide_row = S::Items::MOST_NARROW * S::NARROW_ROWS;
+    return (item.is_narrow ? 0 : wide_row) + (size_t)(item.slot + share) * rows();
+  }
+  __device__ float* part_sums(size_t row) const { return p.parts + row * S::D; }
+  __device__ float2* part_stats(size_t row) const { return reinterpret_cast<float2*>(p.parts + (size_t)S::Items::PART_ROWS * S::D) + row; }
+  __device__ CachedKeys<typename S::Stored> keys(int first, int step) const {
+    const size_t head = (size_t)item.kv_head * S::BLOCK_SIZE;
+    return {p.cache + head * S::D, p.scales + head, p.block_tables + (size_t)item.sequence * p.table_width, first, item.end, step};
+  }
 
-  u32 a[STEPS][4];
-#pragma unroll
-  for (int upper = 0; upper < 2; upper++) {
-    const float* row = p.q + (size_t)(start + min(token_of(upper), length - 1)) * HEADS * D + column_of(upper);
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      a[i][upper] = pack<Type>(row[i * 16 + 2 * t], row[i * 16 + 2 * t + 1]);
-      a[i][2 + upper] = pack<Type>(row[i * 16 + 8 + 2 * t], row[i * 16 + 9 + 2 * t]);
+  // Rows of q as Type into shared memory, those beyond the last as zeros.
+  __device__ void load_queries(Type* to, int count) const {
+    const int used = used_rows();
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count * S::D / 4; i += S::THREADS) {
+      const int row = i / (S::D / 4), d = i % (S::D / 4) * 4;
+      float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (row < used) four = read_four(p.q + column(row) + d);
+      write_four(to + row * S::STRIDE + d, four);
     }
   }
-  const int position[2] = {past + min(token_of(0), length - 1), past + min(token_of(1), length - 1)};
-  const int end = past + min(length - 1, (first_row + ROWS - 1) / GROUP) + 1;
-  const int begin = WINDOW > 0 ? max(0, past + first_row / GROUP - WINDOW + 1) / KEYS * KEYS : 0;
-  float o[PIECES][4] = {}, high[2] = {LEAST, LEAST}, total[2] = {};
+  __device__ bool needs_mask(int base, int keys, int first, int last) const {
+    return base + keys - 1 > first || (S::WINDOW > 0 && base <= last - S::WINDOW);
+  }
 
-  for (int base = begin; base < end; base += KEYS) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2 * KEYS * PIECES; i += 128) {
-      const int value = i / (KEYS * PIECES), row = i / PIECES % KEYS, piece = i % PIECES, key = base + row;
-      uint4 numbers = make_uint4(0, 0, 0, 0);
-      if (key < end) {
-        const size_t at = (((size_t)table[key / BLOCK_SIZE] * 2 + value) * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE;
-        numbers = eight<Type>(p.cache + at * D + piece * 8, p.scales + at);
-      }
-      *reinterpret_cast<uint4*>(value ? &values[row][piece * 8] : &keys[row][piece * 8]) = numbers;
+  __device__ void run_wide() {
+    Type* queries = reinterpret_cast<Type*>(memory);
+    typename S::Ring ring(memory + S::QUERY_BYTES, keys(item.begin, S::KEYS));
+    load_queries(queries, S::ROWS);
+    RunningSoftmax<Type, S::D, S::ROW_TILES, S::KEYS / 8> sums;
+    const int first_row = warp * 16 * S::ROW_TILES, g = lane / 4, t = lane % 4;
+    const int first = position(first_row), last = position(first_row + 16 * S::ROW_TILES - 1);
+    const Type* my_queries = queries + (first_row + lane % 16) * S::STRIDE + lane / 16 * 8;
+    for (int base = item.begin; base < item.end; base += S::KEYS) {
+      sums.score(ring.take(), lane, [&](int m, int i, u32(&a)[4]) { load_matrices(a, my_queries + m * 16 * S::STRIDE + i * 16); });
+      if (needs_mask(base, S::KEYS, first, last))
+        sums.mask(base, S::SEEN, lane, [&](int m, int upper) { return position(first_row + m * 16 + upper * 8 + g); });
+      sums.weigh(p.scale);
+      sums.add(ring.take(), lane);
     }
-    __syncthreads();
-    float s[KEYS / 8][4] = {};
+    sums.finish();
+    const int used = used_rows();
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
+    for (int m = 0; m < S::ROW_TILES; m++)
 #pragma unroll
-      for (int i = 0; i < STEPS; i++)
-        multiply<Type>(s[n], a[i], *reinterpret_cast<const u32*>(&keys[n * 8 + g][i * 16 + 2 * t]),
-                       *reinterpret_cast<const u32*>(&keys[n * 8 + g][i * 16 + 8 + 2 * t]));
-    float new_high[2] = {high[0], high[1]};
+      for (int r = 0; r < 2; r++) {
+        const int row = first_row + m * 16 + r * 8 + g;
+        if (row >= used) continue;
+        if (item.shares == 1) {
+          typename S::Output* to = p.y + column(row) + 2 * t;
+          const float inverse = 1.f / sums.total[m][r];
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
+          for (int n = 0; n < S::D / 8; n++) write_two(to + n * 8, sums.o[m][n][2 * r] * inverse, sums.o[m][n][2 * r + 1] * inverse);
+        } else {
+          const size_t at = part(item.share) + row;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int key = base + n * 8 + 2 * t + j % 2, at = position[j / 2];
-        const bool visible = key <= at && (WINDOW == 0 || key > at - WINDOW);
-        s[n][j] = visible ? s[n][j] * (p.scale * LOG2E) : LEAST;
-        new_high[j / 2] = fmaxf(new_high[j / 2], s[n][j]);
+          for (int n = 0; n < S::D / 8; n++)
+            __stcg(reinterpret_cast<float2*>(part_sums(at) + n * 8 + 2 * t), make_float2(sums.o[m][n][2 * r], sums.o[m][n][2 * r + 1]));
+          if (t == 0) __stcg(part_stats(at), make_float2(sums.high[m][r], sums.total[m][r]));
+        }
       }
+  }
+
+  __device__ void run_narrow(float2 (*stats)[S::NARROW_ROWS]) {
+    typename S::NarrowRing ring(memory + warp * S::NARROW_BYTES, keys(item.begin + warp * 16, 16 * S::WARPS));
+    RunningSoftmax<Type, S::D, 1, 2> sums;
+    const int g = lane / 4, t = lane % 4, used = used_rows();
+    u32 queries[S::D / 16][4];
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) {
+      const typename S::Input* from = p.q + column(min(g + upper * 8, used - 1)) + 2 * t;
+#pragma unroll
+      for (int i = 0; i < S::D / 16; i++) {
+        queries[i][upper] = pack<Type>(to_float(from[i * 16]), to_float(from[i * 16 + 1]));
+        queries[i][2 + upper] = pack<Type>(to_float(from[i * 16 + 8]), to_float(from[i * 16 + 9]));
+      }
+    }
+    for (int base = item.begin + warp * 16; base < item.end; base += 16 * S::WARPS) {
+      sums.score(ring.take(), lane, [&](int, int i, u32(&a)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[j] = queries[i][j];
+      });
+      if (needs_mask(base, 16, position(0), position(used - 1)))
+        sums.mask(base, S::SEEN, lane, [&](int, int upper) { return position(g + upper * 8); });
+      sums.weigh(p.scale);
+      sums.add(ring.take(), lane);
+    }
+    sums.finish();
+    __syncthreads();
+    float* outputs = reinterpret_cast<float*>(memory);  // [WARPS][NARROW_ROWS][D]
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      new_high[r] = fmaxf(new_high[r], __shfl_xor_sync(~0u, new_high[r], 1));
-      new_high[r] = fmaxf(new_high[r], __shfl_xor_sync(~0u, new_high[r], 2));
-      const float shrink = exp2f(high[r] - new_high[r]);
-      high[r] = new_high[r];
-      total[r] *= shrink;
+      const int row = g + r * 8;
+      if (t == 0) stats[warp][row] = make_float2(sums.high[0][r], sums.total[0][r]);
+      if (row < used)
 #pragma unroll
-      for (int n = 0; n < PIECES; n++) o[n][2 * r] *= shrink, o[n][2 * r + 1] *= shrink;
+        for (int n = 0; n < S::D / 8; n++) write_two(outputs + (warp * S::NARROW_ROWS + row) * S::D + n * 8 + 2 * t, sums.o[0][n][2 * r], sums.o[0][n][2 * r + 1]);
     }
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        s[n][j] = exp2f(s[n][j] - high[j / 2]);
-        total[j / 2] += s[n][j];
-      }
-#pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-      const u32 weights[4] = {pack<Type>(s[2 * k][0], s[2 * k][1]), pack<Type>(s[2 * k][2], s[2 * k][3]),
-                              pack<Type>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<Type>(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-      for (int n = 0; n < PIECES; n += 2) {
-        u32 v[4];
-        const u32 from = shared_address(&values[k * 16 + lane % 16][(n + lane / 16) * 8]);
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
-        multiply<Type>(o[n], weights, v[0], v[1]);
-        multiply<Type>(o[n + 1], weights, v[2], v[3]);
-      }
+    __syncthreads();
+    for (int i = threadIdx.x; i < used * S::D / 4; i += S::THREADS) {
+      const int row = i / (S::D / 4), d = i % (S::D / 4) * 4;
+      merge(row, d, S::WARPS, [&](int w) { return stats[w][row]; }, [&](int w) { return read_four(outputs + (w * S::NARROW_ROWS + row) * S::D + d); },
+            item.shares == 1);
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    total[r] += __shfl_xor_sync(~0u, total[r], 1);
-    total[r] += __shfl_xor_sync(~0u, total[r], 2);
-    if (token_of(r) >= length) continue;
-    float* to = p.y + (size_t)(start + token_of(r)) * HEADS * D + column_of(r);
-#pragma unroll
-    for (int n = 0; n < PIECES; n++) {
-      to[n * 8 + 2 * t] = o[n][2 * r] / total[r];
-      to[n * 8 + 2 * t + 1] = o[n][2 * r + 1] / total[r];
+
+  // Sums of four numbers of a row by `count` warps or shares: into y, or into this share's partial results.
+  template <class Stats, class Four> __device__ void merge(int row, int d, int count, Stats stats, Four four, bool is_final) {
+    float top = LEAST, total = 0.f;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+    for (int i = 0; i < count; i++) top = fmaxf(top, stats(i).x);
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+      const float2 its = stats(i);
+      const float weight = exp2_fast((its.x - top) * p.scale);
+      const float4 v = four(i);
+      total += its.y * weight;
+      sum.x += v.x * weight, sum.y += v.y * weight, sum.z += v.z * weight, sum.w += v.w * weight;
     }
+    if (is_final) {
+      const float inverse = 1.f / total;
+      write_four(p.y + column(row) + d, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+    } else {
+      const size_t at = part(item.share) + row;
+      __stcg(reinterpret_cast<float4*>(part_sums(at) + d), sum);
+      if (d == 0) __stcg(part_stats(at), make_float2(top, total));
+    }
+  }
+
+  // After all shares of the tile have left their results: the last block merges them.
+  __device__ void merge_shares(int* is_last) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* arrivals = p.arrivals + (item.is_narrow ? 0 : S::Items::MOST_NARROW / 2) + item.group;
+      *is_last = atomicAdd(arrivals, 1) == item.shares - 1;
+      if (*is_last) *arrivals = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!*is_last) return;
+    for (int i = threadIdx.x; i < used_rows() * S::D / 4; i += S::THREADS) {
+      const int row = i / (S::D / 4), d = i % (S::D / 4) * 4;
+      merge(row, d, item.shares, [&](int share) { return __ldcg(part_stats(part(share) + row)); },
+            [&](int share) { return __ldcg(reinterpret_cast<const float4*>(part_sums(part(share) + row) + d)); }, true);
+    }
+  }
+};
+
+template <class Type, class Stored, class Input, class Output, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int SLOTS>
+__global__ void __launch_bounds__(128) attention(const __grid_constant__ AttentionStep<Stored, Input, Output> p) {
+  using S = AttentionShape<Type, Stored, Input, Output, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, SLOTS>;
+  extern __shared__ __align__(128) char memory[];
+  __shared__ float2 stats[S::WARPS][S::NARROW_ROWS];
+  __shared__ AttentionItem item;  // not in registers, of which there are just enough
+  __shared__ int is_last;
+  begin_kernel();
+  const AttentionLengths lengths{p.query_starts, p.query_lengths, p.kv_lengths, p.sequences, p.tokens};
+  const typename S::Items items(lengths);
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    AttentionItem found;
+    if (!items.find(lengths, number, found)) return;
+    if (found.begin >= found.end) continue;
+    if (threadIdx.x == 0) item = found;
+    __syncthreads();
+    AttentionBlock<S> block{p, item, memory};
+    if (item.is_narrow) block.run_narrow(stats);
+    else block.run_wide();
+    if (item.shares > 1) block.merge_shares(&is_last);
+    __syncthreads();
   }
 }
 

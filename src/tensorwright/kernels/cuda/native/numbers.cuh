@@ -28,10 +28,28 @@ __device__ inline u32 to_float8(float lower, float upper) {
 }
 template <> __device__ inline float8 to_finite<float8>(float x) { return float8{(u8)to_float8(x, 0.f)}; }
 
+template <class Type> constexpr bool is_int8 = false;
+template <> constexpr bool is_int8<signed char> = true;
+
 enum class Function { none, silu, gelu, gelu_tanh };
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(signed char x) { return x; }
+
+// Neighbouring numbers of any type as float32, and the way back.
+__device__ inline float4 read_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
+template <class Type> __device__ inline float4 read_four(const Type* from) {
+  const uint2 four = *reinterpret_cast<const uint2*>(from);
+  const float2 a = to_float(reinterpret_cast<const typename Pair<Type>::type&>(four.x)), b = to_float(reinterpret_cast<const typename Pair<Type>::type&>(four.y));
+  return make_float4(a.x, a.y, b.x, b.y);
+}
+__device__ inline void write_four(float* to, float4 v) { *reinterpret_cast<float4*>(to) = v; }
+template <class Type> __device__ inline void write_four(Type* to, float4 v) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(pack<Type>(v.x, v.y), pack<Type>(v.z, v.w));
+}
+__device__ inline void write_two(float* to, float a, float b) { *reinterpret_cast<float2*>(to) = make_float2(a, b); }
+template <class Type> __device__ inline void write_two(Type* to, float a, float b) { *reinterpret_cast<u32*>(to) = pack<Type>(a, b); }
+__device__ inline void write_four(float8* to, float4 v) { *reinterpret_cast<u32*>(to) = to_float8(v.x, v.y) | to_float8(v.z, v.w) << 16; }
 
 template <Function FUNCTION> __device__ inline float activate(float x) {
   if (FUNCTION == Function::silu) return x / (1.f + __expf(-x));
