@@ -21,10 +21,11 @@ def kernel(body: str, shared: str = "") -> SimulatedKernel:
         {THREAD} {body} ret; }}""")["k"]
 
 
-def run(body: str, given: NDArray[Any], *, shared: str = "", threads: int = 32, blocks: int = 1) -> None:
+def run(body: str, given: NDArray[Any], *, shared: str = "", threads: int = 32, blocks: int = 1,
+        races: bool = False) -> None:
     """One 4-byte number a thread, changed in place."""
     kernel(body, shared).launch([blocks], [threads], 0, given.ctypes.data.to_bytes(8, "little"),
-                                ranges=[(given.ctypes.data, given.nbytes)], limit=1_000_000)
+                                ranges=[(given.ctypes.data, given.nbytes)], limit=1_000_000, races=races)
 
 
 def each(body: str, given: NDArray[Any]) -> NDArray[np.uint32]:
@@ -113,3 +114,30 @@ def test_copies_land_only_when_they_are_waited_for() -> None:
         numbers = np.full(128, 7, np.uint32)
         run(text.replace("{wait}", wait), numbers, shared=".shared .align 16 .b8 buffer[512];")
         assert numbers[::4].tolist() == [wanted] * 32
+
+
+EXCHANGE = """shl.b32 %r5, %r1, 2; mov.u32 %r6, buffer; add.s32 %r7, %r6, %r5; st.shared.u32 [%r7], %r1; {barrier}
+              sub.s32 %r8, 252, %r5; add.s32 %r9, %r6, %r8; ld.shared.u32 %r11, [%r9]; st.global.u32 [%rd3], %r11;"""
+BULK = """mov.u32 %r6, buffer; mov.u32 %r5, 1; setp.eq.u32 %p1, %r1, 0; @!%p1 bra READY;
+          mbarrier.init.shared.b64 [%r6+128], %r5; mbarrier.arrive.expect_tx.shared.b64 _, [%r6+128], 128;
+          cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [buffer], [%rd1], 128, [buffer+128];
+          READY: bar.sync 0; {wait}
+          and.b32 %r7, %r1, 31; shl.b32 %r7, %r7, 2; add.s32 %r8, %r6, %r7; ld.shared.u32 %r11, [%r8];
+          st.global.u32 [%rd3], %r11;"""
+WAIT = "AGAIN: mbarrier.try_wait.parity.shared.b64 %p2, [%r6+128], 0; @!%p2 bra AGAIN;"
+
+
+@pytest.mark.parametrize(("text", "order"), [(EXCHANGE, "bar.sync 0;"), (BULK, WAIT)], ids=["barrier", "mbarrier"])
+def test_races_are_found_whatever_the_order_of_warps(text: str, order: str) -> None:
+    shared, given = ".shared .align 16 .b8 buffer[256];", np.arange(64, dtype=np.uint32)
+    body = text.replace("{barrier}", "{order}").replace("{wait}", "{order}")
+    run(body.replace("{order}", order), given, shared=shared, threads=64, races=True)
+    assert given.tolist() == (list(range(64))[::-1] if text is EXCHANGE else [*range(32), *range(32)])
+    with pytest.raises(SimulationError, match="a race: warp"):
+        run(body.replace("{order}", ""), np.arange(64, dtype=np.uint32), shared=shared, threads=64, races=True)
+
+
+def test_a_buffer_that_is_filled_again_before_all_have_read_it_is_a_race() -> None:
+    body = EXCHANGE.replace("{barrier}", "bar.sync 0;") + "st.shared.u32 [%r7], %r8;"
+    with pytest.raises(SimulationError, match="a race: warp . (reads|writes) what warp ."):
+        run(body, np.zeros(64, np.uint32), shared=".shared .align 16 .b8 buffer[256];", threads=64, races=True)

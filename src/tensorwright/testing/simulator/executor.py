@@ -37,13 +37,16 @@ class SimulatedExecutor:
     """`testing.differential.StepExecutor` over the simulator."""
 
     def __init__(self, engine: Engine, *, num_blocks: int, processors: int = 8, max_tokens: int = 256,
-                 stretches: bool = True, seed: int = 0) -> None:
-        """`processors`: of the GPU that is simulated; `seed`: of the order in which warps run."""
+                 stretches: bool = True, seed: int = 0, races: bool = True) -> None:
+        """`processors`: of the GPU that is simulated; `seed`: of the order in which warps run; `races`: look for them
+        in shared memory.
+        """
         self.engine, self.program, self.vocab_size = engine, engine.program, engine.vocab_size
         self._width = -(-engine.limits.max_seq_len // engine.tokens_per_block)
         self._memory = _Memory(engine, num_blocks, processors, max_tokens)
         self._inputs = torch.zeros(1 << 16, dtype=torch.int32)
-        self._plan = _SimulatedPlan(engine, self._memory, processors, self._inputs, stretches=stretches, seed=seed)
+        self._plan = _SimulatedPlan(engine, self._memory, processors, self._inputs, races=races, stretches=stretches,
+                                    seed=seed)
 
     def execute(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [R, V]."""
@@ -126,11 +129,11 @@ class _SimulatedPlan(Plan):
     """The runtime's plan with other launches."""
 
     def __init__(self, engine: Engine, memory: _Memory, processors: int, inputs: torch.Tensor, *, stretches: bool,
-                 seed: int) -> None:
+                 seed: int, races: bool) -> None:
         given: Any = memory  # weights, caches and activations in one
         super().__init__(engine, given, given, given, processors, stretches=stretches)
         self._kernels = Kernels(_functions(engine), resolve_target(engine.target))
-        self._memory, self._batch, self._seed = memory, inputs, seed
+        self._memory, self._batch, self._seed, self.races = memory, inputs, seed, races
 
     def _call(self, launch: Launch) -> Any:
         kinds = [KINDS[_kind(a)] if not isinstance(a, tuple) else [KINDS[_kind(each)] for each in a]
@@ -175,7 +178,7 @@ class _Call:
     def launch(self, grid: Sequence[int], stream: int) -> None:
         """Run it to its end."""
         self._kernel.launch(grid, [self._launch.threads], self._launch.shared_bytes, bytes(self._values),
-                            ranges=self._plan.ranges(), seed=self._plan.next_seed())
+                            ranges=self._plan.ranges(), seed=self._plan.next_seed(), races=self._plan.races)
 
 
 def _functions(engine: Engine) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

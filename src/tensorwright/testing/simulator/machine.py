@@ -44,9 +44,10 @@ class SimulatedKernel:
 
     def launch(self, grid: Sequence[int], block: Sequence[int], shared_bytes: int, parameters: bytes, *,
                ranges: Iterable[tuple[int, int]] = (), resident: int = RESIDENT, seed: int = 0,
-               limit: int = LIMIT) -> int:
+               races: bool = False, limit: int = LIMIT) -> int:
         """Run it to its end; gives the number of instructions. `ranges`: (address, bytes) of memory that it may touch;
         none: anywhere. Another `seed` is another order of warps and copies.
+        `races`: look for them in shared memory, which takes some times longer.
 
         Raises:
             SimulationError: what went wrong first, with the instruction.
@@ -59,7 +60,7 @@ class SimulatedKernel:
         count = _library().sim_launch(
             ctypes.c_void_p(self.handle), _pointer(shapes), ctypes.c_int32(shared_bytes), _pointer(given),
             ctypes.c_int64(len(given)), _pointer(flat), ctypes.c_int64(len(ends)), ctypes.c_int64(resident),
-            ctypes.c_uint64(seed), ctypes.c_uint64(limit), message, MESSAGE_BYTES)
+            ctypes.c_uint64(seed), ctypes.c_uint64(limit), ctypes.c_int32(races), message, MESSAGE_BYTES)
         if message.value:
             raise SimulationError(f"{self.name}: {message.value.decode(errors='replace')}")
         return int(count)

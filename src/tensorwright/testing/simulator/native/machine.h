@@ -10,6 +10,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <string>
 #include <vector>
@@ -34,6 +35,9 @@ enum Space { GENERIC, GLOBAL, SHARED, LOCAL, PARAM };
 struct Warp;
 struct Instruction;
 using Handler = void (*)(Warp&, const Instruction&, u32 mask);
+
+// What an access does. COPY: the space is checked now, and what it means for others later.
+enum Access { READ, WRITE, SYNCHRONISE, COPY };
 
 // How the scheduler treats an instruction.
 enum Flow { PLAIN, BRANCH, EXIT, TOGETHER, BARRIER, BARRIER_ARRIVE };
@@ -81,6 +85,7 @@ struct PendingBulk {  // cp.async.bulk into shared memory
 
 struct Block;
 struct Machine;
+class Races;
 
 struct Warp {
   Block* block;
@@ -94,6 +99,7 @@ struct Warp {
   u32 present = 0;        // lanes that exist
   bool has_polled = false;  // it looked at something that others change: let them run
   i32 pc = 0;             // of the instruction under way
+  i32 number = 0;
 
   template <class T> T* row(i32 operand) { return reinterpret_cast<T*>(rows.data() + operand); }
 };
@@ -104,6 +110,7 @@ struct Block {
   std::deque<PendingBulk> bulk;
   i32 arrived[16] = {}, expected[16] = {};
   i32 live_threads = 0;
+  std::shared_ptr<Races> races;  // null: they are not looked for
 };
 
 struct Machine {
@@ -112,6 +119,7 @@ struct Machine {
   std::vector<u8> parameters;
   std::string error;
   u64 random = 1;
+  bool finds_races = false;
 
   u32 next_random() {
     random = random * 6364136223846793005ull + 1442695040888963407ull;
@@ -124,8 +132,11 @@ struct Machine {
 
 #define FOR_LANES(mask) for (int lane = 0; lane < LANES; lane++) if ((mask) >> lane & 1)
 
+// Tells the finder of races of an access to shared memory; false after an error. Defined in memory.h.
+inline bool note_access(Warp& warp, u64 address, u32 bytes, Access access);
+
 // Where a lane's access of so many bytes lands; null after an error. Accesses must be aligned to their size.
-inline u8* locate(Warp& warp, int space, u64 address, u32 bytes, int lane) {
+inline u8* locate(Warp& warp, int space, u64 address, u32 bytes, int lane, Access access) {
   Machine& machine = *warp.machine;
   auto wrong = [&](const char* what) -> u8* {
     char text[160];
@@ -145,7 +156,8 @@ inline u8* locate(Warp& warp, int space, u64 address, u32 bytes, int lane) {
   }
   if (space == SHARED) {
     std::vector<u8>& shared = warp.block->shared;
-    return address + bytes <= shared.size() ? shared.data() + address : wrong("access outside shared memory");
+    if (address + bytes > shared.size()) return wrong("access outside shared memory");
+    return access == COPY || !warp.block->races || note_access(warp, address, bytes, access) ? shared.data() + address : nullptr;
   }
   if (space == LOCAL) {
     const u64 size = machine.kernel->local_bytes;

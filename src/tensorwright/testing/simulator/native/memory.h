@@ -3,9 +3,25 @@
 // Copies land as late as they may: those of cp.async when they are waited for, bulk copies at a random later time. What
 // reads too early reads what was there before.
 #pragma once
+#include "races.h"
 #include "scalar.h"
 
 namespace sim {
+
+// An address as a place to meet at: barriers have numbers, which are smaller.
+inline u64 place_of(u64 address) { return address + 16; }
+
+inline bool note_access(Warp& warp, u64 address, u32 bytes, Access access) {
+  Races& races = *warp.block->races;
+  if (access == SYNCHRONISE) {
+    races.acquire(warp.number, place_of(address));
+    races.release(warp.number, place_of(address));
+    return true;
+  }
+  const std::string wrong = access == READ ? races.read(warp.number, address, bytes, warp.pc) : races.write(warp.number, address, bytes, warp.pc);
+  if (!wrong.empty()) warp.machine->fail(warp, wrong);
+  return wrong.empty();
+}
 
 inline u64 address_of(Warp& warp, const Instruction& in, int index, int lane, bool with_offset = true) {
   // Operand: the row, then 1 where addresses are rows of 64 bits. The offset belongs to the first address.
@@ -18,7 +34,7 @@ inline u64 address_of(Warp& warp, const Instruction& in, int index, int lane, bo
 inline void load(Warp& warp, const Instruction& in, u32 mask) {
   FOR_LANES(mask) {
     const u64 address = address_of(warp, in, 0, lane);
-    u8* from = locate(warp, in.space, address, in.width * in.vector, lane);
+    u8* from = locate(warp, in.space, address, in.width * in.vector, lane, in.mode & 2 ? SYNCHRONISE : READ);
     if (from == nullptr) return;
     for (int v = 0; v < in.vector; v++, from += in.width) {
       const i32 row = operand(warp, in, 2 + v);
@@ -38,7 +54,7 @@ inline void load(Warp& warp, const Instruction& in, u32 mask) {
 }
 inline void store(Warp& warp, const Instruction& in, u32 mask) {
   FOR_LANES(mask) {
-    u8* to = locate(warp, in.space, address_of(warp, in, 0, lane), in.width * in.vector, lane);
+    u8* to = locate(warp, in.space, address_of(warp, in, 0, lane), in.width * in.vector, lane, in.mode & 2 ? SYNCHRONISE : WRITE);
     if (to == nullptr) return;
     for (int v = 0; v < in.vector; v++, to += in.width) {
       const i32 row = operand(warp, in, 2 + v);
@@ -54,7 +70,7 @@ template <class T, class Function> void atomic(Warp& warp, const Instruction& in
   auto* b = row_of<T>(warp, in, 3);
   auto* c = in.count > 4 ? row_of<T>(warp, in, 4) : b;
   FOR_LANES(mask) {
-    u8* at = locate(warp, in.space, address_of(warp, in, 1, lane), sizeof(T), lane);
+    u8* at = locate(warp, in.space, address_of(warp, in, 1, lane), sizeof(T), lane, SYNCHRONISE);
     if (at == nullptr) return;
     T old;
     std::memcpy(&old, at, sizeof(T));
@@ -94,8 +110,12 @@ struct Mbarrier {
     return pending | count << 20 | phase << 40 | bytes << 41 | 1ull << 63;
   }
 };
+// Everything that a thread did before it arrives is known to whoever sees the phase end.
+inline void arrive(Warp& warp, u64 address) {
+  if (warp.block->races) warp.block->races->release(warp.number, place_of(address));
+}
 template <class Change> bool change_mbarrier(Warp& warp, u64 address, int lane, Change change) {
-  u8* at = locate(warp, SHARED, address, 8, lane);
+  u8* at = locate(warp, SHARED, address, 8, lane, COPY);
   if (at == nullptr) return false;
   u64 word;
   std::memcpy(&word, at, 8);
@@ -105,8 +125,10 @@ template <class Change> bool change_mbarrier(Warp& warp, u64 address, int lane, 
   }
   Mbarrier barrier(word);
   change(barrier);
+  const u64 phase = barrier.phase;
   word = barrier.word();
   std::memcpy(at, &word, 8);
+  if (warp.block->races && barrier.phase != phase) warp.block->races->phase_ended(place_of(address));
   return true;
 }
 
@@ -119,8 +141,8 @@ inline void finish_copies(Warp& warp, u32 mask, int keep) {
       copies[left++] = copy;
       continue;
     }
-    u8* to = locate(warp, SHARED, copy.to, copy.bytes + copy.zeros, copy.lane);
-    u8* from = copy.bytes ? locate(warp, GLOBAL, copy.from, copy.bytes, copy.lane) : to;
+    u8* to = locate(warp, SHARED, copy.to, copy.bytes + copy.zeros, copy.lane, WRITE);
+    u8* from = copy.bytes ? locate(warp, GLOBAL, copy.from, copy.bytes, copy.lane, READ) : to;
     if (to == nullptr || from == nullptr) return;
     std::memmove(to, from, copy.bytes);
     std::memset(to + copy.bytes, 0, copy.zeros);
@@ -133,9 +155,9 @@ inline void land_bulk(Block& block, size_t index) {
   const PendingBulk copy = block.bulk[index];
   block.bulk.erase(block.bulk.begin() + index);
   Warp& warp = block.warps[0];
-  u8* to = locate(warp, SHARED, copy.to, 0, 0);
-  if (to == nullptr || copy.to + copy.bytes > block.shared.size() || locate(warp, GLOBAL, copy.from, 0, 0) == nullptr ||
-      locate(warp, GLOBAL, copy.from + copy.bytes - 1, 1, 0) == nullptr)
+  u8* to = locate(warp, SHARED, copy.to, 0, 0, COPY);
+  if (to == nullptr || copy.to + copy.bytes > block.shared.size() || locate(warp, GLOBAL, copy.from, 0, 0, READ) == nullptr ||
+      locate(warp, GLOBAL, copy.from + copy.bytes - 1, 1, 0, READ) == nullptr)
     return warp.machine->fail(warp, "a bulk copy outside memory (issued earlier)");
   std::memcpy(to, reinterpret_cast<const u8*>(copy.from), copy.bytes);
   change_mbarrier(warp, copy.barrier, 0, [&](Mbarrier& barrier) { barrier.bytes -= copy.bytes; });
@@ -154,17 +176,21 @@ inline void memory_table(Table& table) {
   };
   SIM_HANDLER("mbarrier.init") {
     FOR_LANES(mask) {
-      u8* at = locate(warp, SHARED, address_of(warp, in, 0, lane), 8, lane);
+      u8* at = locate(warp, SHARED, address_of(warp, in, 0, lane), 8, lane, WRITE);
       if (at == nullptr) return;
       const u64 word = Mbarrier(row_of<u32>(warp, in, 2)[lane], 0).word();
       std::memcpy(at, &word, 8);
     }
   };
   SIM_HANDLER("mbarrier.arrive") {  // count: 1
-    FOR_LANES(mask) if (!change_mbarrier(warp, address_of(warp, in, 0, lane), lane, [](Mbarrier& b) { b.pending--; })) return;
+    FOR_LANES(mask) {
+      arrive(warp, address_of(warp, in, 0, lane));
+      if (!change_mbarrier(warp, address_of(warp, in, 0, lane), lane, [](Mbarrier& b) { b.pending--; })) return;
+    }
   };
   SIM_HANDLER("mbarrier.arrive.expect_tx") {
     FOR_LANES(mask) {
+      arrive(warp, address_of(warp, in, 0, lane));
       const u32 bytes = row_of<u32>(warp, in, 2)[lane];
       if (!change_mbarrier(warp, address_of(warp, in, 0, lane), lane, [&](Mbarrier& b) { b.pending--, b.bytes += bytes; })) return;
     }
@@ -180,7 +206,9 @@ inline void memory_table(Table& table) {
     FOR_LANES(mask) {
       u64 phase = 0;
       if (!change_mbarrier(warp, address_of(warp, in, 1, lane), lane, [&](Mbarrier& b) { phase = b.phase; })) return;
-      found |= u32(phase != (row_of<u32>(warp, in, 3)[lane] & 1)) << lane;
+      const bool has_ended = phase != (row_of<u32>(warp, in, 3)[lane] & 1);
+      found |= u32(has_ended) << lane;
+      if (has_ended && warp.block->races) warp.block->races->saw_phase(warp.number, place_of(address_of(warp, in, 1, lane)));
     }
     u32& d = predicate(warp, in, 0);
     d = (d & ~mask) | found;
@@ -191,6 +219,11 @@ inline void memory_table(Table& table) {
       const u32 size = row_of<u32>(warp, in, 4)[lane], bytes = std::min(size, row_of<u32>(warp, in, 5)[lane]);
       const u64 to = address_of(warp, in, 0, lane), from = address_of(warp, in, 2, lane, false) + in.mode;
       if (to % size || (bytes && from % size)) return warp.machine->fail(warp, "a misaligned cp.async");
+      if (locate(warp, SHARED, to, size, lane, COPY) == nullptr) return;
+      if (warp.block->races) {
+        const std::string wrong = warp.block->races->may_write(warp.number, to, size);
+        if (!wrong.empty()) return warp.machine->fail(warp, wrong);
+      }
       warp.copies.push_back({from, u32(to), bytes, size - bytes, lane, warp.copy_group[lane]});
     }
   };
@@ -203,14 +236,23 @@ inline void memory_table(Table& table) {
   SIM_HANDLER("cp.async.mbarrier.arrive") {
     FOR_LANES(mask) warp.copy_group[lane]++;
     finish_copies(warp, mask, 0);
-    FOR_LANES(mask) if (!change_mbarrier(warp, address_of(warp, in, 0, lane), lane, [](Mbarrier& b) { b.pending--; })) return;
+    FOR_LANES(mask) {
+      arrive(warp, address_of(warp, in, 0, lane));
+      if (!change_mbarrier(warp, address_of(warp, in, 0, lane), lane, [](Mbarrier& b) { b.pending--; })) return;
+    }
   };
   SIM_HANDLER("cp.async.bulk") {  // operands: to (2), from (2), bytes, barrier (2)
     FOR_LANES(mask) {
       const u32 bytes = row_of<u32>(warp, in, 4)[lane];
       const u64 to = address_of(warp, in, 0, lane), from = address_of(warp, in, 2, lane, false) + in.mode;
       if (bytes % 16 || to % 16 || from % 16) return warp.machine->fail(warp, "a bulk copy that is not of whole 16 bytes");
-      warp.block->bulk.push_back({from, u32(to), bytes, u32(address_of(warp, in, 5, lane, false) + in.width)});
+      const u64 barrier = address_of(warp, in, 5, lane, false) + in.width;
+      if (to + bytes > warp.block->shared.size()) return warp.machine->fail(warp, "a bulk copy outside shared memory");
+      if (warp.block->races) {
+        const std::string wrong = warp.block->races->copy(warp.number, to, bytes, place_of(barrier), warp.pc);
+        if (!wrong.empty()) return warp.machine->fail(warp, wrong);
+      }
+      warp.block->bulk.push_back({from, u32(to), bytes, u32(barrier)});
     }
   };
   SIM_HANDLER("nothing") { (void)warp, (void)in, (void)mask; };

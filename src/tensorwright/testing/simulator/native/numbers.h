@@ -47,7 +47,7 @@ template <int EXPONENT, int MANTISSA, bool INFINITIES> struct Small {
     std::frexp(rounded, &exponent);
     exponent -= 1;
     if (exponent < 1 - BIAS) return sign | u32(std::ldexp(rounded, BIAS - 1 + MANTISSA));
-    return sign | (u32(exponent + BIAS) << MANTISSA) + u32(std::ldexp(rounded, MANTISSA - exponent)) - (1u << MANTISSA);
+    return sign | ((u32(exponent + BIAS - 1) << MANTISSA) + u32(std::ldexp(rounded, MANTISSA - exponent)));
   }
 };
 

@@ -13,7 +13,7 @@ constexpr int SLICE = 3000;   // instructions, at most, before another warp's tu
 
 inline void start_warp(Warp& warp, Block& block, Machine& machine, int number, const i32* grid, const i32* shape, const i32* place) {
   const Kernel& kernel = *machine.kernel;
-  warp.block = &block, warp.machine = &machine;
+  warp.block = &block, warp.machine = &machine, warp.number = number;
   warp.rows = kernel.first_rows;
   warp.predicates.assign(kernel.num_predicates, 0);
   warp.predicates[1] = ~0u;  // 0: never, 1: always
@@ -35,7 +35,10 @@ inline void release_barrier(Block& block, int barrier) {
   block.arrived[barrier] = 0;
   for (Warp& warp : block.warps)
     for (Group& group : warp.groups)
-      if (group.barrier == barrier) group.barrier = -1, group.pc++;
+      if (group.barrier == barrier) {
+        group.barrier = -1, group.pc++;
+        if (block.races) block.races->acquire(warp.number, barrier);
+      }
 }
 // Threads that have ended count as arrived at barriers of the whole block.
 inline void check_barriers(Block& block) {
@@ -109,6 +112,7 @@ inline bool run_slice(Warp& warp, u64& left) {
       const int lane = __builtin_ctz(group.mask), id = warp.row<i32>(operands[0])[lane] & 15;
       block.expected[id] = in.count > 1 ? warp.row<i32>(operands[1])[lane] : 0;
       block.arrived[id] += __builtin_popcount(group.mask);
+      if (block.races) block.races->release(warp.number, id);
       if (in.flow == BARRIER) group.barrier = id;
       else group.pc++;
       check_barriers(block);
@@ -134,6 +138,7 @@ inline void start_block(Block& block, Machine& machine, i64 index, const i32* gr
   block.shared.assign(machine.kernel->shared_bytes + dynamic_bytes, POISON);
   block.live_threads = threads;
   block.warps.resize((threads + LANES - 1) / LANES);
+  if (machine.finds_races) block.races = std::make_shared<Races>(block.shared.size(), block.warps.size());
   for (size_t w = 0; w < block.warps.size(); w++) start_warp(block.warps[w], block, machine, int(w), grid, shape, place);
 }
 

@@ -46,11 +46,11 @@ SIM_EXPORT void sim_free(void* kernel) { delete static_cast<sim::Kernel*>(kernel
 
 // shapes: grid, block; ranges: pairs of first and last byte + 1 in rising order. Returns the number of instructions run.
 SIM_EXPORT uint64_t sim_launch(void* kernel, const int32_t* shapes, int32_t dynamic_bytes, const uint8_t* parameters, int64_t parameter_bytes,
-                               const uint64_t* ranges, int64_t num_ranges, int64_t resident, uint64_t seed, uint64_t limit, char* error,
+                               const uint64_t* ranges, int64_t num_ranges, int64_t resident, uint64_t seed, uint64_t limit, int32_t finds_races, char* error,
                                int error_size) {
   sim::Machine machine;
   machine.kernel = static_cast<sim::Kernel*>(kernel);
-  machine.random = seed * 2 + 1;
+  machine.random = seed * 2 + 1, machine.finds_races = finds_races;
   machine.parameters.assign(parameters, parameters + parameter_bytes);
   for (int64_t i = 0; i < num_ranges; i++) machine.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
   uint64_t left = limit;

@@ -80,7 +80,7 @@ inline void load_matrices(Warp& warp, const Instruction& in, u32) {
   for (int m = 0; m < in.vector; m++) {
     u16 matrix[8][8];
     for (int row = 0; row < 8; row++) {
-      u8* from = locate(warp, SHARED, address_of(warp, in, in.vector, 8 * m + row), 16, 8 * m + row);
+      u8* from = locate(warp, SHARED, address_of(warp, in, in.vector, 8 * m + row), 16, 8 * m + row, READ);
       if (from == nullptr) return;
       std::memcpy(matrix[row], from, 16);
     }
@@ -100,7 +100,7 @@ inline void store_matrices(Warp& warp, const Instruction& in, u32) {
       (in.mode ? matrix[t][g] : matrix[g][t]) = u16(s[lane]), (in.mode ? matrix[t + 1][g] : matrix[g][t + 1]) = u16(s[lane] >> 16);
     }
     for (int row = 0; row < 8; row++) {
-      u8* to = locate(warp, SHARED, address_of(warp, in, 0, 8 * m + row), 16, 8 * m + row);
+      u8* to = locate(warp, SHARED, address_of(warp, in, 0, 8 * m + row), 16, 8 * m + row, WRITE);
       if (to == nullptr) return;
       std::memcpy(to, matrix[row], 16);
     }
@@ -143,11 +143,8 @@ template <class T, int K> void multiply_group(Warp& warp, const Instruction& in,
   const int first_b = first_a + (in_shared ? 1 : 4);
   float a[16][K];
   auto read = [&](const Descriptor& d, int row, int k, bool is_transposed) {
-    u8* at = locate(warp, SHARED, d.at(row, k, bytes, is_transposed), 0, 0);
-    if (at == nullptr || size_t(at - warp.block->shared.data()) + bytes > warp.block->shared.size()) {
-      warp.machine->fail(warp, "wgmma reads outside shared memory");
-      return 0.f;
-    }
+    u8* at = locate(warp, SHARED, d.at(row, k, bytes, is_transposed), bytes, 0, READ);
+    if (at == nullptr) return 0.f;
     u32 word = 0;
     std::memcpy(&word, at, bytes);
     return number<T>(word, 0);
