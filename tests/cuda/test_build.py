@@ -14,7 +14,7 @@ from tensorwright.engine.config import read_config
 from tensorwright.engine.engine import Engine
 from tensorwright.engine.format import Reader
 from tensorwright.errors import BuildError, IncompatibleEngineError, UsageError
-from tensorwright.kernels.cuda.launch import from_json, to_json
+from tensorwright.kernels.cuda.launch import from_json, is_library_call, to_json
 from tensorwright.kernels.cuda.targets import resolve_target
 from tensorwright.runtime.llm import LLM
 from tensorwright.testing.cubin import argument_sizes, parameter_sizes
@@ -48,7 +48,7 @@ def check_arguments(engine_dir: Path) -> None:
         wanted |= parameter_sizes(code[start:start + size])
     for entry in facts["entries"].values():
         for launch in from_json(entry).launches:
-            if launch.function != "matmul":
+            if not is_library_call(launch.function):
                 symbol = facts["functions"][launch.function]["symbol"]
                 assert argument_sizes(launch.arguments) == wanted[symbol], launch.function
 
@@ -57,19 +57,21 @@ def kernels_of(engine_dir: Path) -> dict[str, Any]:
     return dict(Engine.open(engine_dir).manifest["kernels"])
 
 
-@pytest.mark.parametrize(("flags", "in_one_launch"), [
-    (INT4, [1, 2]), (("--use_weight_only",), []), (("--use_fp8_rowwise",), []), ((), [])],
+@pytest.mark.parametrize(("flags", "in_one_launch", "from_so_many"), [
+    (INT4, [1, 2], [9]), (("--use_weight_only",), [], [9]), (("--use_fp8_rowwise",), [], [65, 9]), ((), [], [9])],
     ids=["int4", "int8", "float8", "float16"])
 def test_a_plain_decoder_gets_a_stretch_for_every_bucket(flags: tuple[str, ...], in_one_launch: list[int],
-                                                         tmp_path: Path) -> None:
+                                                         from_so_many: list[int], tmp_path: Path) -> None:
     folder = build_dummy(LARGER, tmp_path, "float16", flags, target="sm_90")
     facts = kernels_of(folder)
     check_arguments(folder)
     assert over_limits(facts, "sm_90") == []
-    assert [stretch["tokens"] for stretch in facts["stretches"]] == sorted([*in_one_launch, 1, 2, 4, 8, 16, 32, 64])
+    assert [stretch["tokens"] or stretch["least"] for stretch in facts["stretches"]] == [
+        *sorted([*in_one_launch, 1, 2, 4, 8, 16, 32, 64]), *from_so_many]
     for stretch in facts["stretches"]:
         source = from_json(facts["entries"][stretch["entry"]])
-        assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops))
+        after = 0 if stretch["tokens"] else 2  # rows with logits, and lm_head
+        assert (stretch["begin"], stretch["end"]) == (0, len(Engine.open(folder).program.ops) - after)
         assert len(dict(source.tables).get("layers", ())) == (2 * 7 if stretch["processors"] else 0)
 
 
@@ -77,8 +79,8 @@ def test_launches_hand_over_what_kernels_take(engine_dir: Path) -> None:
     check_arguments(engine_dir)
 
 
-def test_other_programs_and_targets_run_op_by_op(engine_dir: Path) -> None:
-    assert kernels_of(engine_dir)["stretches"] == []
+def test_decode_steps_of_other_programs_run_op_by_op(engine_dir: Path) -> None:
+    assert all(stretch["least"] for stretch in kernels_of(engine_dir)["stretches"])
 
 
 def test_cubins_are_of_the_exact_target(engine_dir: Path) -> None:
@@ -110,6 +112,19 @@ def test_weights_come_back_from_the_engine(recipe: Recipe, tmp_path: Path) -> No
     for weight in engine.program.weights.values():
         if weight.parts:
             np.testing.assert_array_equal(packed(weight).values, given(weight).values)
+
+
+def test_int4_weights_take_float8_activations_where_asked(tmp_path: Path) -> None:
+    """From 65 rows on, with the weight rounded too; lm_head stays as it is. Not on CPUs, and not with --exact."""
+    recipe = Recipe(TINY.model, "float16", "W4A16", 128)
+    asked = {"target": "sm_90", "fp8_activations": True}
+    engine = Engine.open(build_engine(Recipe(**{**vars(recipe), "build": asked}), tmp_path))
+    rounded = {op.name: (op.attributes["float8_rows"], op.attributes["weight_bits"])
+               for op in engine.program.ops if op.kind == "linear"}
+    assert {rounded.pop("lm_head")} == {(0, 0)} and set(rounded.values()) == {(65, 4)}
+    for wrong in ({"target": "cpu"}, {"target": "sm_80"}, {"exact": True}):
+        with pytest.raises(UsageError, match="fp8_activations"):
+            build_engine(Recipe(**{**vars(recipe), "build": {**asked, **wrong}}), tmp_path)
 
 
 def test_weights_of_float32_are_refused(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def entries(stretches: list[dict[str, Any]], ops: int, longest: int, processors:
         batch = type(batch)(**{**vars(batch), "output_rows": np.arange(count, dtype=np.int32)})
         sizes = decode_bucket(batch, BUCKETS, 5120 // BLOCK)
         assert sizes is not None
-        found.append(stretch_for(stretches, 0, ops, sizes, processors))
+        stretch = stretch_for(stretches, 0, ops, sizes, processors)
+        found.append(stretch and stretch["entry"])
     return found
 
 

@@ -16,7 +16,7 @@ from tensorwright.builder.passes import run_passes
 from tensorwright.builder.passes.context import Context
 from tensorwright.program.printer import to_text
 from tensorwright.program.program import Buffer, Program, Weight
-from tensorwright.program.reference import round_to_float8, run_op, write_cache
+from tensorwright.program.reference import round_to_bits, round_to_float8, run_op, to_float8, write_cache
 from tensorwright.testing.native_ops import one_op
 
 
@@ -27,6 +27,15 @@ def test_a_row_is_rounded_to_three_bits_of_its_own_scale(x: NDArray[np.float32])
     off = np.abs(rounded - x)
     assert (off <= np.maximum(np.abs(x) / 16, largest / 448 * 2.0**-10) * 1.001 + 2.0**-100).all()
     np.testing.assert_allclose(np.abs(rounded).max(axis=1, keepdims=True), largest, rtol=1e-6, atol=2.0**-100)
+
+
+@given(arrays(np.float32, (7,), elements=st.floats(2.0**-13, 448, width=32)))
+def test_four_significant_bits_are_float8_s_whatever_power_of_two_scales_it(x: NDArray[np.float32]) -> None:
+    rounded = round_to_bits(x, 4)
+    power = np.float32(2.0 ** np.ceil(np.log2(x.max() / 448)))
+    normal = x / power >= 2.0**-6  # smaller ones have fewer bits
+    np.testing.assert_array_equal((to_float8(x / power).astype(np.float32) * power)[normal], rounded[normal])
+    assert (np.abs(rounded - x) <= np.abs(x) / 16).all()
 
 
 @pytest.mark.parametrize(("rows", "is_rounded"), [(2, False), (3, True)])

@@ -40,6 +40,9 @@ class Backend(Protocol):
     passes: Sequence[tuple[str, Pass]]
     rounds_activations: bool  # to int8, where weights are quantised and nobody asked for exact ones
 
+    def float8_rows(self, target: Target) -> int:
+        """From how many rows on inputs of float8 weights are rounded too, unless exact ones are asked for; 0: never."""
+
     def resolve_target(self, name: str) -> Target:
         """The target of that name."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorwright
-from tensorwright.builder.backends import backend_for, backend_of
+from tensorwright.builder.backends import Backend, backend_for, backend_of
 from tensorwright.builder.dummy import DummySource
 from tensorwright.builder.folder import copy_tokenizer, engine_folder
 from tensorwright.builder.limits import derive, rope_factor
@@ -50,6 +50,7 @@ class _Job:
     target: Target
     tokens_per_block: int
     exact: bool
+    fp8_activations: bool
     key: str
     rank: int
     tuning: Tuning = Tuning()
@@ -69,6 +70,7 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     backend = backend_for(options.target)
     config = read_config(options.checkpoint_dir) if options.dummy_weights else Checkpoint(options.checkpoint_dir).config
     target = backend.resolve_target(options.target)
+    _check_activations(options, config, target, backend)
     model = config.model
     limits, notes = derive(options, max_position_embeddings=model.max_position_embeddings,
                            rope_factor=rope_factor(model.rope.kind, model.rope.scaling))
@@ -76,7 +78,7 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
         return _dry_run(options, config, target, limits, notes)
     key = build_key(_facts(options, target), options.checkpoint_dir)
     jobs = [_Job(options.checkpoint_dir, options.output_dir / f"rank{rank}.engine", config, target,
-                 options.tokens_per_block, options.exact, key, rank,
+                 options.tokens_per_block, options.exact, options.fp8_activations, key, rank,
                  dummy_weights=options.dummy_weights) for rank in range(config.tp_size)]
     measure = not options.no_tune and backend.can_measure(target)
     with engine_folder(options.output_dir):
@@ -90,18 +92,33 @@ def build(options: BuildOptions, report: Report) -> BuildReport:
     return report_on(options.output_dir, limits, [*notes, *tuning.notes], time.monotonic() - begin, reused=not missing)
 
 
+def _check_activations(options: BuildOptions, config: CheckpointConfig, target: Target, backend: Backend) -> None:
+    if not options.fp8_activations:
+        return
+    if options.exact:
+        raise UsageError("fp8_activations and exact exclude each other", mend="leave --exact out")
+    if config.quantization.algorithm != "W4A16" or config.quantization.group_size < 0:
+        raise UsageError("fp8_activations is for int4 weights in groups",
+                         mend="tensorwright convert --use_weight_only --weight_only_precision int4 --group_size 128")
+    if not backend.float8_rows(target):
+        raise UsageError(f"fp8_activations needs a GPU of sm_90; the target is {target.name}", mend="--target sm_90")
+
+
 def program_of(config: CheckpointConfig, tokens_per_block: int, rank: int = 0, *, exact: bool = False,
-               target: Target | None = None) -> Program:
+               fp8_activations: bool = False, target: Target | None = None) -> Program:
     """The program of a rank before kernels are chosen: the model's, after all passes of the target's backend.
 
-    `exact`: no activation is rounded to 8 bits. `target`: none means CPUs.
+    `exact`: no activation is rounded to 8 bits. `fp8_activations`: those of int4 weights may be rounded to float8.
+    `target`: none means CPUs.
     """
     model, quantization, backend = config.model, config.quantization, backend_of(target.architecture if target else "")
     rounds = backend.rounds_activations and not exact
+    float8_rows = backend.float8_rows(target) if target and not exact else 0
     context = Context(
         algorithm=quantization.algorithm, group_size=quantization.group_size,
         quantize_lm_head=quantization.quantize_lm_head, scale_dtype=model.dtype, tp_size=config.tp_size, rank=rank,
-        num_kv_heads=model.num_kv_heads, activation_group=Context.activation_group if rounds else 0)
+        num_kv_heads=model.num_kv_heads, activation_group=Context.activation_group if rounds else 0,
+        float8_rows=float8_rows, int4_float8_rows=float8_rows if fp8_activations else 0)
     kv_dtype = {"INT8": "int8", "FP8": "float8_e4m3"}.get(quantization.kv_cache or "", model.dtype)
     return run_passes(build_program(model, kv_dtype=kv_dtype, tokens_per_block=tokens_per_block), context,
                       backend.passes)
@@ -139,7 +156,8 @@ def _source(job: _Job, program: Program) -> WeightSource:
 
 
 def _program(job: _Job) -> Program:
-    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact, target=job.target)
+    return program_of(job.config, job.tokens_per_block, job.rank, exact=job.exact, fp8_activations=job.fp8_activations,
+                      target=job.target)
 
 
 def _run_quietly(job: _Job) -> int:
@@ -150,7 +168,7 @@ def _facts(options: BuildOptions, target: Target) -> dict[str, Any]:
     own = backend_of(target.architecture).facts(target)
     return {"version": tensorwright.__version__, "target": asdict(target), **own,
             "tokens_per_block": options.tokens_per_block, "exact": options.exact,
-            "dummy_weights": options.dummy_weights}
+            "fp8_activations": options.fp8_activations, "dummy_weights": options.dummy_weights}
 
 
 def _check_space(jobs: list[_Job]) -> None:
@@ -168,6 +186,7 @@ def _dry_run(options: BuildOptions, config: CheckpointConfig, target: Target, li
     from tensorwright.builder.plan import choose
 
     for rank in range(config.tp_size):
-        program = program_of(config, options.tokens_per_block, rank, exact=options.exact, target=target)
+        program = program_of(config, options.tokens_per_block, rank, exact=options.exact,
+                             fp8_activations=options.fp8_activations, target=target)
         choose(program, target, backend_of(target.architecture).kernels)
     return BuildReport(limits=limits, notes=tuple(notes))

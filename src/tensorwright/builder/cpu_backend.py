@@ -61,6 +61,10 @@ class CpuBackend:
     passes: Sequence[tuple[str, Pass]] = PASSES
     rounds_activations = True
 
+    def float8_rows(self, target: Target) -> int:
+        """Never: there are no float8 weights."""
+        return 0
+
     def resolve_target(self, name: str) -> Target:
         """See `kernels.cpu.targets`; "cpu" is this machine's, where "native" might be its GPU."""
         return resolve_target("native" if name == "cpu" else name)

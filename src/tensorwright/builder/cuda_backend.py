@@ -18,6 +18,8 @@ from tensorwright.builder.tune import CacheFiles, Tuning, tune
 from tensorwright.errors import EngineError, IncompatibleEngineError
 from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version, program_text
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
+from tensorwright.kernels.cuda.linear import FLOAT8_ROWS, FLOAT8_TARGETS
+from tensorwright.kernels.cuda.prefill import prefill_stretches
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.sample import step_sources
 from tensorwright.kernels.cuda.targets import can_overlap, check_target, resolve_target
@@ -34,6 +36,10 @@ class CudaBackend:
     passes: Sequence[tuple[str, Pass]] = PASSES
     rounds_activations = False
 
+    def float8_rows(self, target: Target) -> int:
+        """Where steps are bound by products, and a library for them has been measured."""
+        return FLOAT8_ROWS if target.name in FLOAT8_TARGETS else 0
+
     def resolve_target(self, name: str) -> Target:
         """See `kernels.cuda.targets`."""
         return resolve_target(name)
@@ -47,8 +53,10 @@ class CudaBackend:
         sources = {symbol: source for symbol, source in zip(symbols(plan.sources), plan.sources, strict=True)
                    if isinstance(source, GpuSource)}
         sources |= step_sources(plan.program)
-        choices = choose_stretches(plan.program, plan.target, _layouts(plan), plan.tuning.timings)
-        stretches = [stretch for choice in choices for stretch in choice.stretches]
+        layouts = _layouts(plan)
+        choices = choose_stretches(plan.program, plan.target, layouts, plan.tuning.timings)
+        stretches = [*(stretch for choice in choices for stretch in choice.stretches),
+                     *prefill_stretches(plan.program, plan.target, layouts)]
         sources |= {stretch.entry: stretch.source for stretch in stretches}
         modules = compile_modules(sources.values(), plan.target)
         code, starts = b"", []
@@ -61,7 +69,7 @@ class CudaBackend:
             "flags": list(plan.target.flags), "nvrtc": nvrtc_version(), "overlap": can_overlap(plan.target),
             "modules": [[start, len(module.cubin)] for start, module in zip(starts, modules, strict=True)],
             "stretches": [{"begin": s.begin, "end": s.end, "tokens": s.tokens, "processors": s.processors,
-                           "window": s.window, "entry": s.entry} for s in stretches],
+                           "window": s.window, "least": s.least, "entry": s.entry} for s in stretches],
             "functions": functions, "entries": {symbol: to_json(source) for symbol, source in sources.items()}},
             [_facts(choices, plan)] if choices else [])
 

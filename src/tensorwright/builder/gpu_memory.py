@@ -10,13 +10,13 @@ from tensorwright.builder.clock import Case
 from tensorwright.builder.decode_steps import CONTEXT
 from tensorwright.kernels.cuda import units
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, operand_name, scratch_offsets
+from tensorwright.kernels.cuda.products import Product
 from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Buffer, Program, Weight
 
 ROTATED_BYTES = 256 << 20  # weights are read in turn from so much memory: several times the L2
 MOST_COPIES = 32
 WIDEST = 4  # bytes of a number in a cache, at most
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Memory:
@@ -64,14 +64,8 @@ class Memory:
         return int(self._buffer(operand).data_ptr())
 
     def multiply(self, launch: Launch) -> None:
-        """C = a · bᵀ, as the runtime does it."""
-        a, b, c, columns, inner, dtype = launch.arguments
-        rows, kind = self.symbols["rows"], DTYPES[str(dtype)]
-        left = self._matrix(str(a), rows, int(str(inner)), kind)
-        right = self._matrix(str(b), int(str(columns)), int(str(inner)), kind)
-        into = (self._matrix(str(c), rows, int(str(columns)), torch.float32) if str(c).startswith("scratch.")
-                else self._buffer(self._name(str(c)))[:rows * int(str(columns))].view(rows, -1))
-        torch.mm(left, right.t(), out_dtype=torch.float32, out=into)
+        """A library's product, as the runtime has it done."""
+        Product.of(launch).multiply(launch.grid[0].at(self.symbols), self._matrix)
 
     def _name(self, argument: str) -> str:
         """The program's name of a buffer."""
@@ -79,7 +73,10 @@ class Memory:
         return name if kind in ("named", "batch") else operand_name(self._op, argument) or ""
 
     def _matrix(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        start = self._offsets[name.partition(".")[2]]
+        kind, _, piece = name.partition(".")
+        if kind != "scratch":
+            return self._buffer(self._name(name))[:rows * columns].view(rows, columns)
+        start = self._offsets[piece]
         return self._scratch[start:start + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
     def _own(self, kind: str, name: str) -> int:

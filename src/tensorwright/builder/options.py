@@ -24,6 +24,8 @@ class BuildOptions:
     dummy_weights: bool = _option(
         False, "random weights, for benchmarks: the checkpoint needs a config.json only (convert --save_config_only)")
     exact: bool = _option(False, "activations stay float32 in linears with quantised weights; slower")
+    fp8_activations: bool = _option(
+        False, "int4 weights times float8 activations, both in float8, in steps of many tokens: faster prompts (sm_90)")
     workers: int = _option(1, "ranks built at the same time")
     rebuild_kernels: Path | None = _option(
         None, "an engine folder whose kernels are compiled again, without its checkpoint")

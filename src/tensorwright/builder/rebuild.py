@@ -57,9 +57,10 @@ def rebuild_kernels(options: BuildOptions, report: Report) -> BuildReport:
     if source_dir is None:
         raise UsageError("no engine folder was given", mend="tensorwright build --rebuild_kernels E --output_dir F")
     config = read_config(source_dir)
-    if options.exact and not config["build_config"].get("exact"):
-        raise UsageError(f"the engine in {source_dir} was built without --exact; --rebuild_kernels keeps its program",
-                         mend=f"tensorwright build --checkpoint_dir C --output_dir {output_dir} --exact")
+    for name in ("exact", "fp8_activations"):
+        if getattr(options, name) and not config["build_config"].get(name):
+            raise UsageError(f"the engine in {source_dir} was built without --{name}; a rebuild keeps the program",
+                             mend=f"tensorwright build --checkpoint_dir C --output_dir {output_dir} --{name}")
     backend = backend_for(options.target)
     target = backend.resolve_target(options.target)
     origin = _origin(config)

@@ -58,6 +58,7 @@ def engine_config(options: BuildOptions, limits: Limits, checkpoint_config: Mapp
             **asdict(limits), "opt_batch_size": limits.max_batch_size,
             "opt_num_tokens": opt_num_tokens(options, limits), "kv_cache_type": "PAGED",
             "tokens_per_block": options.tokens_per_block, "exact": options.exact,
+            "fp8_activations": options.fp8_activations,
             "profiling_verbosity": options.profiling_verbosity,
             "max_prompt_embedding_table_size": 0, "max_draft_len": 0, "speculative_decoding_mode": 1,
             "strongly_typed": True, "plugin_config": plugins},

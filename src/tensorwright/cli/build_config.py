@@ -13,7 +13,7 @@ from typing import Any
 from tensorwright.errors import UsageError
 
 NUMBERS = ("max_input_len", "max_seq_len", "max_batch_size", "max_beam_width", "max_num_tokens", "opt_num_tokens")
-SWITCHES = ("exact", "gather_context_logits", "gather_generation_logits")
+SWITCHES = ("exact", "fp8_activations", "gather_context_logits", "gather_generation_logits")
 PLUGIN_SWITCHES = ("remove_input_padding", "context_fmha", "paged_kv_cache")
 VERBOSITIES = ("layer_names_only", "detailed", "none")
 

@@ -43,7 +43,7 @@ class _Writer:
         if bias:
             bias_part = Part(f"{tensor}.bias", start, shape[0])
             weights["bias"] = self.weight(f"{name}.bias", (shape[0],), "float32", bias_part)
-        return self.op(name, "linear", (x,), shape[0], weights, rows, activation_group=0, float8_rows=0,
+        return self.op(name, "linear", (x,), shape[0], weights, rows, activation_group=0, float8_rows=0, weight_bits=0,
                        norm_epsilon=0.0, gate="")
 
     def norm(self, name: str, x: str, tensor: str, columns: int, head_size: int = 0) -> str:

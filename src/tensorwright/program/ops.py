@@ -38,11 +38,12 @@ OPS: dict[str, OpSpec] = {
     "rms_norm": OpSpec(("x",), ("y",), ("weight",), ("epsilon", "head_size"),
                        "y = x / sqrt(mean(x²) + epsilon) · weight, over the row, or over each head of head_size > 0"),
     "linear": OpSpec(("x", "residual?"), ("y",), ("weight", "bias?", "norm?"),
-                     ("activation_group", "float8_rows", "norm_epsilon", "gate"),
+                     ("activation_group", "float8_rows", "weight_bits", "norm_epsilon", "gate"),
                      "x' = rms_norm(x) if norm; x' = f(x[:, :K]) · x[:, K:] if gate names f; "
                      "activation_group g > 0: x' is rounded to int8 per token and g inputs (scale max|x'| / 127); "
                      "float8_rows n > 0: where there are n rows or more, x' is rounded to float8_e4m3 per row (scale "
-                     "max|x'| / 448); y = x' · weightᵀ + bias + residual; weight [N, K]"),
+                     "max|x'| / 448), and the weight to weight_bits > 0 significant bits; "
+                     "y = x' · weightᵀ + bias + residual; weight [N, K]"),
     "rope": OpSpec(("x", "positions"), ("y",), ("inverse_frequencies",), ("head_size", "attention_factor"),
                    "each head: the first 2F numbers turned in pairs (i, i + F) by positions · inverse_frequencies[i]; "
                    "cos and sin are multiplied by attention_factor; F = len(inverse_frequencies)"),
@@ -66,6 +67,7 @@ OPS: dict[str, OpSpec] = {
                          "split qkv; norm each head of q and k if given; rope both; cache_write k and v; give q"),
 }
 
-ATTRIBUTE_DEFAULTS: dict[str, object] = {"activation_group": 0, "float8_rows": 0, "norm_epsilon": 0.0, "gate": "",
-                                         "head_size": 0, "attention_factor": 1.0, "window": 0, "activation_bits": 0}
+ATTRIBUTE_DEFAULTS: dict[str, object] = {
+    "activation_group": 0, "float8_rows": 0, "weight_bits": 0, "norm_epsilon": 0.0, "gate": "", "head_size": 0,
+    "attention_factor": 1.0, "window": 0, "activation_bits": 0}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

@@ -88,6 +88,12 @@ def round_to_float8(x: Array) -> Array:
     return np.asarray(to_float8(x * inverse).astype(np.float32) * (largest / LARGEST_FLOAT8))
 
 
+def round_to_bits(x: Array, bits: int) -> Array:
+    """So many significant bits of each number, ties to even: 4 are float8_e4m3's, whatever power of two scales it."""
+    mantissa, exponent = np.frexp(x)
+    return np.asarray(np.ldexp(np.rint(mantissa * np.float32(2**bits)), exponent - bits), dtype=np.float32)
+
+
 def activate(x: Array, function: str) -> Array:
     """silu, gelu by erf, or gelu by tanh."""
     if function == "silu":
@@ -142,9 +148,11 @@ def _linear(i: Mapping[str, Array], w: Mapping[str, Array], a: Mapping[str, Any]
         x = activate(x[:, :half], a["gate"]) * x[:, half:]
     if a["activation_group"] > 0:
         x = round_to_int8(np.asarray(x, dtype=np.float32), a["activation_group"])
+    weight = w["weight"]
     if 0 < a["float8_rows"] <= x.shape[0]:
         x = round_to_float8(np.asarray(x, dtype=np.float32))
-    y = x @ w["weight"].T
+        weight = round_to_bits(weight, a["weight_bits"]) if a["weight_bits"] else weight
+    y = x @ weight.T
     y = y + w["bias"] if "bias" in w else y
     return np.asarray(y + i["residual"] if "residual" in i else y, dtype=np.float32)
 

@@ -96,8 +96,10 @@ def _shapes(op: Op, program: Program) -> str:
             return f"x has {columns[0]} columns and y {columns[-1]}; weight [{out}, {width}] gate '{a['gate']}'"
         if a["gate"] and a["gate"] not in ACTIVATIONS:
             return f"unknown gate '{a['gate']}'"
-        if a["float8_rows"] and (a["activation_group"] or program.weights[op.weights["weight"]].dtype != "float8_e4m3"):
-            return "float8_rows is for float8_e4m3 weights, and activations are rounded once"
+        bits = {"float8_e4m3": 0, "int4": 4}.get(program.weights[op.weights["weight"]].dtype)
+        if a["float8_rows"] and (a["activation_group"] or a["weight_bits"] != bits):
+            return ("float8_rows is for float8_e4m3 weights, and for int4 ones with weight_bits 4; activations are "
+                    "rounded once")
         if (a["norm_epsilon"] > 0) != ("norm" in op.weights):
             return "norm_epsilon and the norm weight go together"
         return "" if len(set(rows)) == 1 else f"rows differ: {rows}"

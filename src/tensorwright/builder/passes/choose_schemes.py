@@ -12,7 +12,7 @@ from dataclasses import replace
 from tensorwright.builder.passes.context import Context
 from tensorwright.program.program import Op, Program, Weight
 
-FLOAT8 = "float8_e4m3"
+FLOAT8, FLOAT8_BITS = "float8_e4m3", 4  # significant bits
 
 
 def run(program: Program, context: Context) -> Program:
@@ -29,6 +29,8 @@ def run(program: Program, context: Context) -> Program:
                 group = weights[name].group_size
                 rounded = {"activation_group": min(group, context.activation_group) if group > 0
                            else context.activation_group}
+                if weights[name].dtype == "int4" and context.int4_float8_rows:
+                    rounded = {"float8_rows": context.int4_float8_rows, "weight_bits": FLOAT8_BITS}
                 op = replace(op, attributes={**op.attributes, **rounded})
         ops.append(op)
     if context.algorithm is not None and context.activation_group > 0:

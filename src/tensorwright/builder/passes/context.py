@@ -15,6 +15,7 @@ class Context:
     scale_dtype: str = "float16"
     activation_group: int = 128  # inputs that share a scale when activations are rounded to int8; 0: never rounded
     float8_rows: int = 0  # from so many rows on, activations of float8 weights are rounded to float8; 0: never
+    int4_float8_rows: int = 0  # the same of int4 weights, which are rounded with them
     tp_size: int = 1
     rank: int = 0
     num_kv_heads: int = 0  # of the whole model

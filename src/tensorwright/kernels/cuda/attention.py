@@ -89,9 +89,9 @@ class Attention(PlainKernel):
 
 
 def rope_launch(op: Op, program: Program, qkv: str = "inputs.qkv", q: str = "outputs.q",
-                numbers: tuple[str, str] = ("float", "float"), *, is_stretch: bool = False) -> Launch:
+                numbers: tuple[str, str] = ("float", "float"), *, is_stretch: bool = False, bias: str = "") -> Launch:
     """tw::rope_cache. `qkv` and `q`: pointers; `numbers`: their C++ types, such as "tw::half". is_stretch: of a
-    stretch, which has no operands of its own.
+    stretch, which has no operands of its own. `bias`: a pointer to what is yet to be added to qkv, if any.
     """
     a, cache = op.attributes, cache_of(op, program)
     pairs = program.weights[op.weights["inverse_frequencies"]].shape[0]
@@ -102,7 +102,7 @@ def rope_launch(op: Op, program: Program, qkv: str = "inputs.qkv", q: str = "out
     batch = "batch" if is_stretch else "inputs"
     arguments: tuple[Argument, ...] = (
         qkv, f"{batch}.positions", f"{batch}.slots", q, *_caches(op, program, is_stretch),
-        *(weights.get(role, "") for role in ("inverse_frequencies", "q_norm", "k_norm")),
+        *(weights.get(role, "") for role in ("inverse_frequencies", "q_norm", "k_norm")), bias,
         float(attribute(op, "attention_factor")), float(attribute(op, "norm_epsilon")))
     return Launch(f"tw::rope_cache<{', '.join(map(str, shape))}>", (Size("tokens"), Size(), Size()), 256, 0,
                   (arguments,))

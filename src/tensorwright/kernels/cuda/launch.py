@@ -34,7 +34,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, or one call of a library (`matmul`: c[rows, n] = a[rows, k] · b[n, k]ᵀ, c float32).
+    """One launch of a kernel, or one call of a library (see `matmul`).
 
     `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a
     structure passed by value. An argument is an int (int32), a float (float32), "sizes.tokens" (int32), "" (a null
@@ -72,9 +72,11 @@ class GpuSource(Source):
 
 @dataclass(frozen=True)
 class Stretch:
-    """Another way to run ops begin .. end − 1 (end excluded) in decode steps of so many sequences, each with one token
-    and one row of logits. It leaves behind what those ops leave that others read. processors: of the GPU; 0: any.
-    window: the most tokens that a sequence may have, the new one included; 0: any number.
+    """Another way to run ops begin .. end − 1 (end excluded). It leaves behind what those ops leave that others read.
+
+    tokens: in decode steps of so many sequences, each with one token and one row of logits; 0: in any step of `least`
+    tokens or more. processors: of the GPU; 0: any. window: the most tokens that a sequence may have, the new one
+    included; 0: any number.
     """
 
     begin: int
@@ -83,16 +85,30 @@ class Stretch:
     processors: int
     source: GpuSource
     window: int = 0
+    least: int = 0
 
     @property
     def entry(self) -> str:
         """Its name in the manifest."""
+        if not self.tokens:
+            return f"steps_from_{self.least}"
         return f"decode_{self.tokens}" + (f"_on_{self.processors}" if self.processors else "")
 
 
 def gpu_source(headers: tuple[str, ...], *launches: Launch, scratch: Mapping[str, Size] | None = None) -> GpuSource:
     """The launches of one op; a GPU op has no single function."""
     return GpuSource(headers, "", launches, tuple((scratch or {}).items()))
+
+
+def matmul(rows: Size, a: str, b: str, c: str, shape: tuple[int, int], dtype: str, result: str) -> Launch:
+    """A library's c[rows, n] = a[rows, k] · b[n, k]ᵀ with float32 sums; `shape` is (n, k), `dtype` that of a and b."""
+    return Launch("matmul", (rows, Size(), Size()), arguments=(a, b, c, *shape, dtype, result))
+
+
+def scaled_matmul(rows: Size, a: str, b: str, c: str, shape: tuple[int, int], result: str,
+                  scales: tuple[str, str]) -> Launch:
+    """The same of float8 numbers: c = (a · bᵀ) times the scale of a's row and that of b's row, float32 each."""
+    return Launch("scaled_matmul", (rows, Size(), Size()), arguments=(a, b, c, *shape, "float8_e4m3", result, *scales))
 
 
 def is_library_call(function: str) -> bool:

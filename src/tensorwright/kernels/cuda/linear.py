@@ -15,17 +15,29 @@ import numpy as np
 
 from tensorwright.kernels.cuda import units
 from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
-from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, gpu_source
+from tensorwright.kernels.cuda.launch import (
+    Argument,
+    Arguments,
+    GpuSource,
+    Launch,
+    Size,
+    gpu_source,
+    matmul,
+    scaled_matmul,
+)
 from tensorwright.kernels.cuda.targets import SHARED_BYTES
 from tensorwright.kernels.interface import Array, Cost, Source, Tactic, Target, Tensor
 from tensorwright.program.ops import ACTIVATIONS, ATTRIBUTE_DEFAULTS, OPS
 from tensorwright.program.program import Op, Program, Weight
-from tensorwright.program.reference import dequantize, run_op
+from tensorwright.program.reference import dequantize, round_to_bits, run_op
 
 GROUP_SIZES = (-1, 32, 64, 128)
 FEW_TOKENS = (1, 2, 4, 8)  # template instances of small_linear
 WARPS, STATIC_SHARED = 8, 2048  # of small_linear; barriers and what else it declares
 PANEL_BYTES = 320 << 20  # of unpacked weights at a time
+UNPACK_WARPS = 8  # of unpack_units
+FLOAT8_ROWS, FLOAT8_TARGETS = 65, ("sm_90",)  # from where on, and where, a library multiplies float8 numbers
+WIDEST_BLOCK = 1024
 PRODUCT_WORTH = 100.0  # estimates: any stream of the weight is better than unpacking it
 
 
@@ -35,12 +47,14 @@ class Linear:
     name = "linear"
 
     def supports(self, op: Op, program: Program, target: Target) -> bool:
-        """16-bit, int8, int4 and float8 weights with 16-bit scales; activations that are not rounded to 8 bits."""
+        """16-bit, int8, int4 and float8 weights with 16-bit scales; inputs rounded to float8 where there are many."""
         if op.kind != "linear" or ("norm" in op.weights and _attribute(op, "gate")):
             return False
         weight = _weight(op, program)
-        if _attribute(op, "gate") not in ("", *ACTIVATIONS) or any(
-                _attribute(op, name) for name in ("activation_group", "float8_rows")):
+        if _attribute(op, "gate") not in ("", *ACTIVATIONS) or _attribute(op, "activation_group"):
+            return False
+        if _attribute(op, "float8_rows") and not (
+                target.name in FLOAT8_TARGETS and _attribute(op, "float8_rows") == FLOAT8_ROWS and _has_float8(weight)):
             return False
         if not weight.is_quantized:
             return weight.dtype in units.DTYPES
@@ -48,16 +62,22 @@ class Linear:
                 and weight.group_size in GROUP_SIZES and weight.shape[1] % max(weight.group_size, 1) == 0)
 
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
-        """One for each count of few tokens whose input fits into shared memory, and that for any number."""
+        """One for each count of few tokens whose input fits into shared memory, and that for any number.
+
+        Where inputs are rounded to float8 from FLOAT8_ROWS on, another one does that.
+        """
         weight, limit = _weight(op, program), SHARED_BYTES[target.name] - STATIC_SHARED
         layout = _layout(op, program)
         few = ((tokens, _ring(weight, tokens, limit)) for tokens in FEW_TOKENS)
         return (*(Tactic(layout, {"tokens": tokens, "stages": ring[0], "stage_units": ring[1]})
-                  for tokens, ring in few if ring is not None), Tactic(layout))
+                  for tokens, ring in few if ring is not None), Tactic(layout),
+                *([Tactic(layout, {"float8": 1})] if _attribute(op, "float8_rows") else []))
 
     def estimate(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> float:
-        """The smallest instance that holds the tokens; unpacking where there is none."""
-        tokens = tactic.parameters.get("tokens")
+        """The smallest instance that holds the tokens; unpacking where there is none. Infinite: it would be wrong."""
+        tokens, rounded_from = tactic.parameters.get("tokens"), _attribute(op, "float8_rows")
+        if ("float8" in tactic.parameters) != (0 < rounded_from <= num_tokens):
+            return float("inf")
         if tokens is None:
             return PRODUCT_WORTH
         return float(tokens) if num_tokens <= tokens else float("inf")
@@ -76,6 +96,8 @@ class Linear:
 
     def source(self, op: Op, program: Program, tactic: Tactic) -> Source:
         """The launches of either way."""
+        if "float8" in tactic.parameters:
+            return _many_float8(op, program, tactic)
         return _few(op, program, tactic) if "tokens" in tactic.parameters else _many(op, program, tactic)
 
     def scratch_bytes(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> int:
@@ -94,18 +116,27 @@ class Linear:
 
     def reference(self, op: Op, program: Program, inputs: Mapping[str, Array],
                   weights: Mapping[str, Tensor]) -> dict[str, Array]:
-        """The op in NumPy with x' in 16 bits. Weights are not rounded: where they are, it is within the same error."""
+        """The op in NumPy, x' in 16 bits or float8. Weights are not rounded: where they are, the error is the same."""
         whole = replace(op, attributes={**ATTRIBUTE_DEFAULTS, **op.attributes})
         given = dict(zip(op.inputs, (inputs[name.rstrip("?")] for name in OPS["linear"].inputs
                                      if name.rstrip("?") in inputs), strict=True))
         weight = _weight(op, program)
         numbers = {role: tensor.values.astype(np.float32) if tensor.scales is None
                    else dequantize(tensor.values, tensor.scales, weight.dtype) for role, tensor in weights.items()}
-        prepared = _prepared(whole, given, numbers).astype(_dtype(weight)).astype(np.float32)
+        prepared = _prepared(whole, given, numbers)
+        if not 0 < whole.attributes["float8_rows"] <= len(prepared):
+            prepared = prepared.astype(_dtype(weight)).astype(np.float32)
+        elif whole.attributes["weight_bits"]:
+            numbers["weight"] = round_to_bits(numbers["weight"], whole.attributes["weight_bits"])
         plain = replace(whole, attributes=dict(ATTRIBUTE_DEFAULTS), weights={
             role: name for role, name in op.weights.items() if role != "norm"})
         numbers.pop("norm", None)
         return {"y": run_op(plain, {**given, op.inputs[0]: prepared}, numbers)[op.outputs[0]]}
+
+
+def _has_float8(weight: Weight) -> bool:
+    """Whether it can be unpacked to float8 with one scale a row."""
+    return weight.dtype == "float8_e4m3" or (weight.dtype == "int4" and weight.group_size > 0)
 
 
 def _prepared(op: Op, given: Mapping[str, Array], numbers: Mapping[str, Array]) -> Array:
@@ -133,7 +164,7 @@ def small_linear(op: Op, program: Program, tactic: Tactic, given: tuple[Argument
     weight, tokens = _weight(op, program), tactic.parameters["tokens"]
     shape, outputs = units.Shape(weight), weight.shape[0]
     stages, stage_units = tactic.parameters["stages"], tactic.parameters["stage_units"]
-    order = _order(tactic.layout, outputs)
+    order = native_order(tactic.layout, outputs)
     kernel = (f"tw::small_linear<{native_weights(weight)}, {shape.tiles * units.UNIT_ROWS}, "
               f"{shape.units * units.UNIT_INPUTS}, {tokens}, {WARPS}, {stages}, {stage_units}, {partial_sums}, "
               f"{output_type or f'tw::Rows<{order}, {outputs}>'}>")
@@ -148,38 +179,86 @@ def _many(op: Op, program: Program, tactic: Tactic) -> GpuSource:
     """
     weight = _weight(op, program)
     shape = units.Shape(weight)
-    outputs, padded, number = weight.shape[0], shape.units * units.UNIT_INPUTS, _dtype_name(weight)
+    outputs, padded, number = weight.shape[0], shape.units * units.UNIT_INPUTS, dtype_name(weight)
     piece_tiles = max(1, min(shape.tiles, PANEL_BYTES // (units.UNIT_ROWS * padded * 2)))
-    order = _order(tactic.layout, outputs)
-    unpacked = order if piece_tiles == shape.tiles and not shape.has_row_scales else "tw::InOrder"
-    left = "tw::InOrder" if unpacked == order else order  # from the panel's order to the natural one
+    order = native_order(tactic.layout, outputs)
+    is_whole = piece_tiles == shape.tiles
+    left = "tw::InOrder" if is_whole else order  # from the panel's order to the natural one
     is_direct = (left == "tw::InOrder" and piece_tiles * units.UNIT_ROWS == outputs and len(op.inputs) == 1
-                 and "bias" not in op.weights and not shape.has_row_scales)
+                 and "bias" not in op.weights)
     launches = [_input(op, program, 0)]
     for tile in range(0, shape.tiles, piece_tiles):
         tiles = min(piece_tiles, shape.tiles - tile)
         columns = tiles * units.UNIT_ROWS
         launches += [
-            Launch(f"tw::unpack_units<{native_weights(weight)}, {shape.units}, {unpacked}>",
-                   (Size(times=shape.units), Size(times=tiles), Size()), 32, 0,
-                   ("weights.weight", "scratch.panel", tile)),
-            Launch("matmul", arguments=("scratch.x", "scratch.panel", "outputs.y" if is_direct else "scratch.product",
-                                        columns, padded, number))]
+            unpack(weight, "weights.weight", order if is_whole else "tw::InOrder", "scratch.panel", tile, tiles),
+            matmul(Size("rows"), "scratch.x", "scratch.panel", "outputs.y" if is_direct else "scratch.product",
+                   (columns, padded), number, "float32")]
         if not is_direct:
-            finish = (f"tw::linear_output<{NATIVE_TYPES[number]}, {left}, {outputs}, {columns}, "
-                      f"{_flag(shape.has_row_scales)}>")
-            launches.append(Launch(finish, (Size("rows"), Size(times=-(-columns // 256)), Size()), 256, 0, (
-                "scratch.product", _row_scales(shape), _output(op), tile * units.UNIT_ROWS)))
+            launches.append(Launch(
+                f"tw::linear_output<{left}, {outputs}, {columns}>",
+                (Size("rows"), Size(times=-(-columns // 256)), Size()), 256, 0,
+                ("scratch.product", _output(op), tile * units.UNIT_ROWS)))
     panel = {"x": Size("rows", times=padded * 2), "panel": Size(times=piece_tiles * units.UNIT_ROWS * padded * 2)}
     product = {} if is_direct else {"product": Size("rows", times=piece_tiles * units.UNIT_ROWS * 4)}
     return gpu_source(("linear.cuh",), *launches, scratch=panel | product)
 
 
-def _input(op: Op, program: Program, tokens: int) -> Launch:
-    """X' in 16 bits: in input order for so many tokens, or row after row."""
+def _many_float8(op: Op, program: Program, tactic: Tactic) -> GpuSource:
+    """X' in float32, then in float8; the whole weight as float8; products in their places."""
+    weight = _weight(op, program)
+    shape = units.Shape(weight)
+    outputs, padded, rows = weight.shape[0], shape.units * units.UNIT_INPUTS, shape.tiles * units.UNIT_ROWS
+    scales = ("scratch.scales", "scratch.weight_scales")
+    rounded = row_pass("operand_rows", ("float",), padded, "tw::RowsFloat8",
+                       ("scratch.x", ("scratch.rounded", scales[0])), Size("rows"))
+    order = native_order(tactic.layout, outputs)
+    finish = Launch(f"tw::linear_output<tw::InOrder, {outputs}, {rows}>",
+                    (Size("rows"), Size(times=-(-rows // 256)), Size()), 256, 0, ("scratch.product", _output(op), 0))
+    return gpu_source(
+        ("prefill.cuh",), _input(op, program, 0, "float"), rounded,
+        unpack_bytes(weight, "weights.weight", order, "scratch.panel", scales[1]),
+        scaled_matmul(Size("rows"), "scratch.rounded", "scratch.panel", "scratch.product", (rows, padded), "float32",
+                      scales), finish,
+        scratch={"x": Size("rows", times=4 * padded), "rounded": Size("rows", times=padded),
+                 "scales": Size("rows", times=4), "panel": Size(times=rows * padded),
+                 "weight_scales": Size(times=4 * rows), "product": Size("rows", times=4 * rows)})
+
+
+def row_pass(function: str, shape: tuple[object, ...], columns: int, operand: str, arguments: Arguments,
+             rows: Size) -> Launch:
+    """A kernel of native/prefill.cuh: a block for each row of so many columns, eight or a few times eight a thread."""
+    vectors = columns // 8
+    threads = -(-vectors // -(-vectors // WIDEST_BLOCK) // 32) * 32
+    number, *rest = shape
+    template = (number, columns, threads, *rest, operand)
+    return Launch(f"tw::{function}<{', '.join(map(str, template))}>", (rows, Size(), Size()), threads, 0, arguments)
+
+
+def unpack(weight: Weight, address: str, order: str, panel: str, tile: int, tiles: int) -> Launch:
+    """So many row tiles from `tile` on as 16-bit rows, in the order that a C++ type of linear.cuh names."""
+    shape = units.Shape(weight)
+    return Launch(f"tw::unpack_units<{native_weights(weight)}, {shape.units}, {order}>",
+                  (Size(times=-(-shape.units // UNPACK_WARPS)), Size(times=tiles), Size()), 32 * UNPACK_WARPS, 0,
+                  (address, f"{address}+{shape.bytes}" if shape.has_row_scales else "", panel, tile))
+
+
+def unpack_bytes(weight: Weight, address: str, order: str, panel: str, scales: str) -> Launch:
+    """A float8 weight as rows of float8 and one float32 scale a row; int4 of groups is rounded for it."""
+    shape = units.Shape(weight)
+    if weight.dtype == "int4":
+        return Launch(f"tw::round_units<{native_weights(weight)}, {shape.units}, {order}, 8>",
+                      (Size(times=shape.tiles), Size(), Size()), 32 * UNPACK_WARPS, 0, (address, panel, scales))
+    return Launch(f"tw::unpack_bytes<{native_weights(weight)}, {shape.units}, {order}>",
+                  (Size(times=-(-shape.units // UNPACK_WARPS)), Size(times=shape.tiles), Size()), 32 * UNPACK_WARPS, 0,
+                  (address, f"{address}+{shape.bytes}", panel, scales))
+
+
+def _input(op: Op, program: Program, tokens: int, number: str = "") -> Launch:
+    """X' in the weight's 16 bits or as `number`: in input order for so many tokens, or row after row."""
     weight = _weight(op, program)
     gate = _attribute(op, "gate") or "none"
-    shape = (NATIVE_TYPES[_dtype_name(weight)], weight.shape[1], units.Shape(weight).units * units.UNIT_INPUTS,
+    shape = (number or NATIVE_TYPES[dtype_name(weight)], weight.shape[1], units.Shape(weight).units * units.UNIT_INPUTS,
              _flag("norm" in op.weights), f"tw::Function::{gate}", tokens)
     return Launch(f"tw::linear_input<{', '.join(map(str, shape))}>",
                   (Size(times=tokens) if tokens else Size("rows"), Size(), Size()), 256, 0,
@@ -230,27 +309,27 @@ def _layout(op: Op, program: Program) -> str:
     return units.IN_ORDER
 
 
-def _order(layout: str, rows: int) -> str:
+def native_order(layout: str, rows: int) -> str:
     """The C++ type of a layout's row order."""
     return {units.ROPE: "tw::RopePairs", units.GATED: f"tw::GatePairs<{rows // 2}>"}.get(layout, "tw::InOrder")
 
 
 def native_weights(weight: Weight) -> str:
     """The C++ type that reads a unit."""
-    number = NATIVE_TYPES[_dtype_name(weight)]
+    number = NATIVE_TYPES[dtype_name(weight)]
     if not weight.is_quantized:
         return f"tw::Plain<{number}>"
     kind = {"int4": "Int4", "int8": "Int8", "float8_e4m3": "Fp8"}[weight.dtype]
     return f"tw::{kind}<{number}, {units.Shape(weight).group}>"
 
 
-def _dtype_name(weight: Weight) -> str:
+def dtype_name(weight: Weight) -> str:
     """The 16-bit type that products are of."""
     return weight.scale_dtype if weight.is_quantized else weight.dtype
 
 
 def _dtype(weight: Weight) -> Any:
-    return units.DTYPES[_dtype_name(weight)]
+    return units.DTYPES[dtype_name(weight)]
 
 
 def _weight(op: Op, program: Program) -> Weight:

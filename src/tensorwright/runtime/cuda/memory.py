@@ -110,8 +110,11 @@ def scratch_bytes(engine: Engine, rows: Mapping[str, int]) -> int:
             sizes = {"rows": its_rows, "one": 1}
             most = max(most, scratch_offsets(dict(entries[variant.symbol].scratch), sizes)[1])
     for stretch in engine.manifest["kernels"]["stretches"]:
-        sizes = {"one": 1, "processors": torch.cuda.get_device_properties(0).multi_processor_count}
-        most = max(most, scratch_offsets(dict(entries[stretch["entry"]].scratch), sizes)[1])
+        scratch = dict(entries[stretch["entry"]].scratch)
+        sizes = {"one": 1, **rows}
+        if any(size.of == "processors" for size in scratch.values()):  # otherwise no GPU is asked
+            sizes["processors"] = torch.cuda.get_device_properties(0).multi_processor_count
+        most = max(most, scratch_offsets(scratch, sizes)[1])
     return most
 
 

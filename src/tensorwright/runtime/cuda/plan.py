@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from tensorwright.kernels.cuda.launch import (
     parameter_kinds,
     scratch_offsets,
 )
+from tensorwright.kernels.cuda.products import Matrix, Product
 from tensorwright.kernels.cuda.sample import DRAW, GREEDY, TAKE
 from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Op
 from tensorwright.runtime.cuda.inputs import Sizes
-from tensorwright.runtime.cuda.memory import DTYPES, Activations, Caches, Weights, entries_of
+from tensorwright.runtime.cuda.memory import Activations, Caches, Weights, entries_of
 
 Symbols = Mapping[str, int]
 
@@ -45,50 +47,47 @@ class _Resolved:
     grids: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class _Matmul:
-    """A matrix product: the pieces of scratch memory that a and b are, and c is if no buffer; columns, inner size."""
-
-    a: str
-    b: str
-    c: str
-    buffer: str | None
-    columns: int
-    inner: int
-    dtype: torch.dtype
-
-
 class Plan:
     """All ops, bound when they first run at a tactic."""
 
     def __init__(self, engine: Engine, weights: Weights, caches: Caches, activations: Activations,
                  processors: int, *, stretches: bool = True) -> None:
         """`stretches`: whether ops may run several at once where the engine has kernels for it."""
+        # Parts of a sum that were rounded to 16 bits before they are added could overflow, whatever the sum is.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._engine, self._weights, self._caches, self._activations = engine, weights, caches, activations
         self._processors, self._facts, self._uses_stretches = processors, engine.manifest["kernels"], stretches
         self._entries, self._code = entries_of(engine), engine.kernels()
         self._modules: dict[int, Any] = {}
         self._functions: dict[tuple[str, int], Function] = {}
         self._calls: dict[str, Call] = {}  # of what belongs to no op
-        self._bound: dict[tuple[int, str], list[_Bound | _Matmul]] = {}
+        self._bound: dict[tuple[int, str], list[_Bound | Product]] = {}
         self._kept: list[torch.Tensor] = []  # memory of stretches
 
     def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
         """Launch ops begin .. end − 1 on the stream, over batch inputs at these addresses."""
         symbols = {"one": 1, "processors": self._processors, **vars(sizes)}
         resolved: dict[tuple[str, int], _Resolved] = {}
-        if (entry := self.stretch(begin, end, sizes)) is not None:
-            self._run_entry(None, (begin, entry), symbols, inputs, stream, resolved)
-            return
-        for index in range(begin, end):
+        index = begin
+        while index < end:
+            if (stretch := self._stretch(index, end, sizes)) is not None:
+                self._run_entry(None, (index, stretch["entry"]), symbols, inputs, stream, resolved)
+                index = stretch["end"]
+                continue
             op = self._engine.program.ops[index]
             symbols["rows"] = symbols[str(self._engine.program.buffers[op.outputs[0]].shape[0])]
             symbol = self._engine.steps[index].at(symbols["rows"]).symbol
             if symbols["rows"] > 0:
                 self._run_entry(op, (index, symbol), symbols, inputs, stream, resolved)
+            index += 1
 
     def stretch(self, begin: int, end: int, sizes: Sizes) -> str | None:
-        """The entry that runs these very ops at once, at these sizes on this GPU."""
+        """The entry that runs ops from `begin` on at once, at these sizes on this GPU."""
+        stretch = self._stretch(begin, end, sizes)
+        return None if stretch is None else str(stretch["entry"])
+
+    def _stretch(self, begin: int, end: int, sizes: Sizes) -> Mapping[str, Any] | None:
         return stretch_for(self._facts["stretches"] if self._uses_stretches else (), begin, end, sizes,
                            self._processors)
 
@@ -102,8 +101,8 @@ class Plan:
             resolved[entry] = self._resolve(self._entries[key[1]], symbols, inputs)
         now = resolved[entry]
         for launch, grid in zip(self._bound[key], now.grids, strict=True):
-            if isinstance(launch, _Matmul):
-                self._multiply(launch, now.offsets, symbols["rows"])
+            if isinstance(launch, Product):
+                self._multiply(launch, grid[0], partial(self._matrix, op, now.offsets))
                 continue
             for index, name in launch.changing:
                 launch.call.set(index, now.arguments[name])
@@ -141,26 +140,26 @@ class Plan:
             self._calls[entry].set(index, argument)
         self._calls[entry].launch([size.at(symbols) for size in launch.grid], stream)
 
-    def _multiply(self, m: _Matmul, offsets: Symbols, rows: int) -> None:
-        """C = a · bᵀ, 16-bit numbers, float32 sums and results."""
-        a = self._matrix(offsets[m.a], rows, m.inner, m.dtype)
-        b = self._matrix(offsets[m.b], m.columns, m.inner, m.dtype)
-        c = (self._matrix(offsets[m.c], rows, m.columns, torch.float32) if m.buffer is None
-             else self._activations.buffer(m.buffer, m.columns)[:rows])
-        torch.mm(a, b.t(), out_dtype=torch.float32, out=c)
+    def _multiply(self, product: Product, rows: int, matrix: Matrix) -> None:
+        product.multiply(rows, matrix)
 
-    def _matrix(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        size = rows * columns * (torch.finfo(dtype).bits // 8)
-        return self._activations.scratch[offset:offset + size].view(dtype).view(rows, columns)
+    def _matrix(self, op: Op | None, offsets: Symbols, name: str, rows: int, columns: int,
+                dtype: torch.dtype) -> torch.Tensor:
+        """What a launch of an op names: a piece of scratch memory, or a buffer of float32."""
+        kind, _, piece = name.partition(".")
+        if kind != "scratch":
+            return self._activations.buffer(str(operand_name(op, name)), columns)[:rows]
+        start, size = offsets[piece], rows * columns * dtype.itemsize
+        return self._activations.scratch[start:start + size].view(dtype).view(rows, columns)
 
-    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | _Matmul]:
+    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | Product]:
         memory = {f"zeros.{name}": torch.zeros(size, dtype=torch.uint8, device=self._activations.scratch.device)
                   for name, size in source.zeros}
         for name, pointers in source.tables:
             table = [self._address(op, pointer, memory) for pointer in pointers]
             memory[f"tables.{name}"] = torch.tensor(table, dtype=torch.int64, device=self._activations.scratch.device)
         self._kept += memory.values()
-        return [_matmul(op, launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
+        return [Product.of(launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
                 for launch in source.launches]
 
     def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
@@ -213,17 +212,13 @@ class Plan:
 
 
 def stretch_for(stretches: Sequence[Mapping[str, Any]], begin: int, end: int, sizes: Sizes,
-                processors: int) -> str | None:
-    """The entry of the first of a manifest's stretches that may run these ops at these sizes on such a GPU."""
-    for stretch in stretches if sizes.is_decode else ():
-        is_wanted = (stretch["begin"], stretch["end"], stretch["tokens"]) == (begin, end, sizes.tokens)
+                processors: int) -> Mapping[str, Any] | None:
+    """The first of a manifest's stretches that begins here and may run at these sizes on such a GPU."""
+    for stretch in stretches:
+        tokens, least = stretch["tokens"], stretch["least"]
+        is_wanted = sizes.is_decode and tokens == sizes.tokens if tokens else sizes.tokens >= least
         is_seen_whole = not stretch["window"] or sizes.longest <= stretch["window"]
-        if is_wanted and is_seen_whole and stretch["processors"] in (0, processors):
-            return str(stretch["entry"])
+        if (is_wanted and is_seen_whole and stretch["begin"] == begin and stretch["end"] <= end
+                and stretch["processors"] in (0, processors)):
+            return stretch
     return None
-
-
-def _matmul(op: Op | None, launch: Launch) -> _Matmul:
-    a, b, c, columns, inner, dtype = map(str, launch.arguments)
-    names = [name.partition(".")[2] for name in (a, b, c)]
-    return _Matmul(names[0], names[1], names[2], operand_name(op, c), int(columns), int(inner), DTYPES[dtype])

@@ -20,6 +20,8 @@ from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.decode_steps import decode_stretches
 from tensorwright.kernels.cuda.driver import KINDS
 from tensorwright.kernels.cuda.launch import GpuSource, Launch, scratch_offsets
+from tensorwright.kernels.cuda.prefill import prefill_stretches
+from tensorwright.kernels.cuda.products import Matrix, Product
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.targets import resolve_target
 from tensorwright.runtime.batch import Batch
@@ -150,12 +152,14 @@ class _SimulatedPlan(Plan):
         self._seed += 1
         return self._seed
 
-    def _multiply(self, m: Any, offsets: Mapping[str, int], rows: int) -> None:
-        a = self._matrix(offsets[m.a], rows, m.inner, m.dtype)
-        b = self._matrix(offsets[m.b], m.columns, m.inner, m.dtype)
-        c = (self._matrix(offsets[m.c], rows, m.columns, torch.float32) if m.buffer is None
-             else self._memory.buffer(m.buffer, m.columns)[:rows])
-        torch.mm(a.float(), b.float().t(), out=c)
+    def _multiply(self, product: Product, rows: int, matrix: Matrix) -> None:
+        a, b = (matrix(name, count, product.inner, product.dtype).float()
+                for name, count in ((product.a, rows), (product.b, product.columns)))
+        y = a @ b.t()
+        if product.scales:
+            y *= matrix(product.scales[0], rows, 1, torch.float32)
+            y *= matrix(product.scales[1], product.columns, 1, torch.float32).t()
+        matrix(product.c, rows, product.columns, product.result).copy_(y)
 
 
 class _Call:
@@ -185,7 +189,8 @@ def _functions(engine: Engine) -> Iterator[tuple[tuple[str, ...], tuple[str, ...
     """Headers and functions of what the engine's program was compiled from."""
     plan = choose(engine.program, resolve_target(engine.target), KERNELS)
     layouts = {entry["name"]: entry["layout"] for entry in engine.manifest["weights"]}
-    stretches = decode_stretches(engine.program, plan.target, layouts)
+    stretches = (stretch for stretches_of in (decode_stretches, prefill_stretches)
+                 for stretch in stretches_of(engine.program, plan.target, layouts))
     for source in (*plan.sources, *(stretch.source for stretch in stretches)):
         if isinstance(source, GpuSource):
             yield source.headers, source.functions

@@ -154,6 +154,8 @@ class Lowering:
             sizes = [2 * size if size == 4 else 4, size, size, 2 * size if size == 4 else 4][:len(operands)]
         if base in ("shl", "shr", "bfe"):
             sizes[2:] = [4] * len(sizes[2:])
+        if base == "bfi":
+            sizes[3:] = [4, 4]
         if base in ("popc", "clz"):
             sizes[0] = 4
         immediate = int(operands[4], 0) if base == "lop3" else 0

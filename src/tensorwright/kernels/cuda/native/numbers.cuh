@@ -34,6 +34,8 @@ template <> constexpr bool is_int8<signed char> = true;
 enum class Function { none, silu, gelu, gelu_tanh };
 
 __device__ inline float to_float(float x) { return x; }
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline float finite<float>(float x) { return x; }
 __device__ inline float to_float(signed char x) { return x; }
 
 // Neighbouring numbers of any type as float32, and the way back.
@@ -58,24 +60,30 @@ template <Function FUNCTION> __device__ inline float activate(float x) {
   return x;
 }
 
-__device__ inline float warp_sum(float x) {
+struct Sum { __device__ static float of(float a, float b) { return a + b; } };
+struct Max { __device__ static float of(float a, float b) { return fmaxf(a, b); } };
+
+template <class Way> __device__ inline float warp_reduce(float x) {
 #pragma unroll
-  for (int o = LANES / 2; o; o /= 2) x += __shfl_xor_sync(~0u, x, o);
+  for (int o = LANES / 2; o; o /= 2) x = Way::of(x, __shfl_xor_sync(~0u, x, o));
   return x;
 }
+__device__ inline float warp_sum(float x) { return warp_reduce<Sum>(x); }
 
 // Over all THREADS of the block, in the same order whatever the grid.
-template <int THREADS> __device__ inline float block_sum(float x) {
-  __shared__ float sums[THREADS / LANES];
-  x = warp_sum(x);
-  if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = x;
+template <int THREADS, class Way> __device__ inline float block_reduce(float x) {
+  __shared__ float of_warps[THREADS / LANES];
+  x = warp_reduce<Way>(x);
+  if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = x;
   __syncthreads();
-  float total = 0.f;
+  float whole = of_warps[0];
 #pragma unroll
-  for (int i = 0; i < THREADS / LANES; i++) total += sums[i];
+  for (int i = 1; i < THREADS / LANES; i++) whole = Way::of(whole, of_warps[i]);
   __syncthreads();
-  return total;
+  return whole;
 }
+template <int THREADS> __device__ inline float block_sum(float x) { return block_reduce<THREADS, Sum>(x); }
+template <int THREADS> __device__ inline float block_max(float x) { return block_reduce<THREADS, Max>(x); }
 
 // Every kernel of an engine begins with this: the next one may be launched, and all earlier ones have finished.
 __device__ inline void begin_kernel() {

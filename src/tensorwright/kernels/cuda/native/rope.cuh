@@ -43,6 +43,7 @@ template <class Input, class Output, class Stored> struct RopeCache {
   const float* frequencies;
   const float* q_norm;     // [D] or null
   const float* k_norm;
+  const float* bias;       // of qkv's columns, or null
   float factor, epsilon;
 };
 
@@ -64,11 +65,16 @@ __global__ void __launch_bounds__(256) rope_cache(const RopeCache<Input, Output,
   float* x = rows[warp];
   for (int head = warp; head < ALL; head += WARPS) {
     const Input* from = p.qkv + ((size_t)token * ALL + head) * D;
+    // What a product's rounding to 16 bits made infinite is the largest number.
+    auto biased = [&](float x, int d) { return finite<Input>(x) + (p.bias ? p.bias[head * D + d] : 0.f); };
     const float* norm = head < HEADS ? p.q_norm : head < HEADS + KV_HEADS ? p.k_norm : nullptr;
     if constexpr (D % 4 == 0)
-      for (int d = lane * 4; d < D; d += LANES * 4) write_four(x + d, read_four(from + d));
+      for (int d = lane * 4; d < D; d += LANES * 4) {
+        const float4 v = read_four(from + d);
+        write_four(x + d, make_float4(biased(v.x, d), biased(v.y, d + 1), biased(v.z, d + 2), biased(v.w, d + 3)));
+      }
     else
-      for (int d = lane; d < D; d += LANES) x[d] = to_float(from[d]);
+      for (int d = lane; d < D; d += LANES) x[d] = biased(to_float(from[d]), d);
     __syncwarp();
     if (norm) {
       float sum = 0.f;
@@ -87,9 +93,12 @@ __global__ void __launch_bounds__(256) rope_cache(const RopeCache<Input, Output,
     if (head < HEADS) {
       Output* to = p.q + ((size_t)token * HEADS + head) * D;
       if constexpr (D % 4 == 0)
-        for (int d = lane * 4; d < D; d += LANES * 4) write_four(to + d, read_four(x + d));
+        for (int d = lane * 4; d < D; d += LANES * 4) {
+          const float4 v = read_four(x + d);
+          write_four(to + d, make_float4(finite<Output>(v.x), finite<Output>(v.y), finite<Output>(v.z), finite<Output>(v.w)));
+        }
       else
-        for (int d = lane; d < D; d += LANES) to[d] = from_float<Output>(x[d]);
+        for (int d = lane; d < D; d += LANES) to[d] = to_finite<Output>(x[d]);
     } else if (slot >= 0) {
       const size_t value = head >= HEADS + KV_HEADS, kv_head = (head - HEADS) % KV_HEADS;
       const size_t at = ((slot / BLOCK_SIZE * 2 + value) * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;

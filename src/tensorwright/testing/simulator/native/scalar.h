@@ -202,6 +202,18 @@ template <class T> void selection(Table& table, const std::string& type) {
   };
 }
 
+// a's lowest bits into b, at position c, so many.
+template <class T> void insertions(Table& table, const std::string& type) {
+  SIM_HANDLER("bfi." + type) {
+    auto *d = row_of<T>(warp, in, 0), *a = row_of<T>(warp, in, 1), *b = row_of<T>(warp, in, 2);
+    const u32 *c = row_of<u32>(warp, in, 3), *length = row_of<u32>(warp, in, 4);
+    FOR_LANES(mask) {
+      const T ones = wrapped_shift_left<T>(length[lane] >= 8 * sizeof(T) ? ~T(0) : (T(1) << length[lane]) - 1, c[lane]);
+      d[lane] = (b[lane] & ~ones) | (wrapped_shift_left<T>(a[lane], c[lane]) & ones);
+    }
+  };
+}
+
 inline void predicate_operations(Table& table) {
 #define PREDICATE(name, value) \
   SIM_HANDLER(name ".pred") { \
@@ -243,14 +255,7 @@ inline void scalar_table(Table& table) {
   };
   TERNARY("prmt.b32", u32, u32, u32, permuted(a, b, c));
   TERNARY("bfe.u32", u32, u32, u32, c == 0 ? 0 : shift_right<u32>(a, b & 255) & (c >= 32 ? ~0u : (1u << c) - 1));
-  SIM_HANDLER("bfi.b32") {  // a's lowest bits into b, at position c, so many
-    u32 *d = row_of<u32>(warp, in, 0), *a = row_of<u32>(warp, in, 1), *b = row_of<u32>(warp, in, 2), *c = row_of<u32>(warp, in, 3),
-        *length = row_of<u32>(warp, in, 4);
-    FOR_LANES(mask) {
-      const u32 ones = wrapped_shift_left<u32>(length[lane] >= 32 ? ~0u : (1u << length[lane]) - 1, c[lane]);
-      d[lane] = (b[lane] & ~ones) | (wrapped_shift_left<u32>(a[lane], c[lane]) & ones);
-    }
-  };
+  insertions<u32>(table, "b32"), insertions<u64>(table, "b64");
   TERNARY("shf.l.wrap.b32", u32, u32, u32, u32((u64(b) << 32 | a) << (c & 31) >> 32));
   TERNARY("shf.r.wrap.b32", u32, u32, u32, u32((u64(b) << 32 | a) >> (c & 31)));
   UNARY("popc.b32", u32, u32, __builtin_popcount(a));
