@@ -70,5 +70,5 @@ def test_kernels_of_stretches_keep_to_the_limits(target: str) -> None:
 def test_kernels_of_ops_keep_to_the_limits(target: str) -> None:
     model, dtype, algorithm, kv_cache = OTHERS[target]
     facts = compiled(model, dtype, Quantization(algorithm, 32 if algorithm == "W4A16" else -1, kv_cache, True), target)
-    assert facts["stretches"] == []
+    assert all(stretch["least"] for stretch in facts["stretches"])  # none for decode steps
     assert over_limits(facts, target) == []

@@ -37,11 +37,12 @@ def test_every_family_has_one_for_its_layers(model: TinyModel, tmp_path: Path) -
     products = [launch for launch in source.launches if launch.function == "matmul"]
     assert len(products) == 4 * model.num_layers
     known = {f"named.{name}" for name in (*engine.program.buffers, *engine.program.weights)}
-    known |= {f"scratch.{name}" for name, _ in source.scratch} | {f"batch.{n}" for n in engine.program.buffers}
+    known |= {f"scratch.{name}" for name, _ in source.scratch} | {f"zeros.{name}" for name, _ in source.zeros}
+    known |= {f"batch.{name}" for name in engine.program.buffers}
     for launch in source.launches:
         flat = [each for a in launch.arguments for each in (a if isinstance(a, tuple) else (a,))]
         given = {each.partition("+")[0] for each in flat if isinstance(each, str) and "." in each}
-        assert given <= known | {"sizes.table_width"}, launch
+        assert given <= known | {"sizes.tokens", "sizes.sequences", "sizes.table_width"}, launch
 
 
 def test_products_fit_into_their_memory(tmp_path: Path) -> None:
