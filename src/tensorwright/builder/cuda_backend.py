@@ -20,6 +20,7 @@ from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version, pr
 from tensorwright.kernels.cuda.launch import GpuSource, to_json
 from tensorwright.kernels.cuda.linear import FLOAT8_ROWS, FLOAT8_TARGETS
 from tensorwright.kernels.cuda.prefill import prefill_stretches
+from tensorwright.kernels.cuda.prefill_ranks import rank_prefill_stretches
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.sample import step_sources
 from tensorwright.kernels.cuda.targets import can_overlap, check_target, resolve_target
@@ -56,7 +57,8 @@ class CudaBackend:
         layouts = _layouts(plan)
         choices = choose_stretches(plan.program, plan.target, layouts, plan.tuning.timings)
         stretches = [*(stretch for choice in choices for stretch in choice.stretches),
-                     *prefill_stretches(plan.program, plan.target, layouts)]
+                     *prefill_stretches(plan.program, plan.target, layouts),
+                     *rank_prefill_stretches(plan.program, plan.target, layouts)]
         sources |= {stretch.entry: stretch.source for stretch in stretches}
         modules = compile_modules(sources.values(), plan.target)
         code, starts = b"", []

@@ -14,7 +14,16 @@ from tensorwright.builder.clock import Case
 from tensorwright.builder.tactics import Candidates, Timing, TimingKey, Timings, candidates, pick_all
 from tensorwright.kernels.cuda.decode_steps import decode_stretches
 from tensorwright.kernels.cuda.decoder import few_layers
-from tensorwright.kernels.cuda.launch import Argument, Arguments, GpuSource, Launch, Size, Stretch, operand_name
+from tensorwright.kernels.cuda.launch import (
+    Argument,
+    Arguments,
+    GpuSource,
+    Launch,
+    Size,
+    Stretch,
+    needs_peers,
+    operand_name,
+)
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.interface import Target
 from tensorwright.program.ops import BATCH_INPUTS
@@ -102,7 +111,8 @@ def _few(program: Program) -> Program:
 def _ways(program: Program, target: Target, processors: int = 0) -> dict[int, dict[TimingKey, GpuSource]]:
     """By number of sequences."""
     few = _few(program)
-    stretches = decode_stretches(few, target, layouts_of(few, target))
+    stretches = [stretch for stretch in decode_stretches(few, target, layouts_of(few, target))
+                 if not needs_peers(stretch.source)]  # which nobody answers while an engine is built
     found = candidates(few, target, KERNELS) if stretches else ()
     signature = "decode step " + hashlib.sha256("".join(each.signature for each in found).encode()).hexdigest()[:32]
     ways: dict[int, dict[TimingKey, GpuSource]] = {}

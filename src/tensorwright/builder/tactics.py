@@ -100,8 +100,12 @@ def _mend(dtypes: set[str]) -> str | None:
 
 
 def can_be_timed(op: Op, program: Program) -> bool:
-    """Whether random numbers are as good as any: the op reads activations and weights, no cache and no batch."""
-    return all(program.buffers[name].kind in ("activation", "output") for name in (*op.inputs, *op.outputs))
+    """Whether random numbers are as good as any: the op reads activations and weights, no cache and no batch.
+
+    Nobody answers a collective while an engine is built.
+    """
+    return op.kind not in ("all_reduce", "all_gather") and all(
+        program.buffers[name].kind in ("activation", "output") for name in (*op.inputs, *op.outputs))
 
 
 def can_run(candidate: Candidates, program: Program, tactic: Tactic, rows: int) -> bool:

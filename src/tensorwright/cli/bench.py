@@ -129,6 +129,8 @@ def main(arguments: argparse.Namespace) -> int:
             communicator.close()
     if communicator is not None and communicator.rank > 0:
         return 0
+    if communicator is not None:
+        print(f"Ranks: {communicator.size}, sums travel by {communicator.transport}")
     print_measurement(result)
     if arguments.json is not None:
         text = json.dumps(asdict(result), indent=2) + "\n"

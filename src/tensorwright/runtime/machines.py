@@ -55,13 +55,17 @@ class _Gpu:
 
         check_target(engine.target, engine=str(engine.directory))
         from tensorwright.runtime.cuda.memory import free_bytes
+        from tensorwright.runtime.cuda.ranks import use_own_gpu
 
+        use_own_gpu(communicator)
         return free_bytes()
 
     def scratch_bytes(self, engine: Engine, rows: Mapping[str, int]) -> int:
         from tensorwright.runtime.cuda.memory import scratch_bytes
+        from tensorwright.runtime.cuda.ranks import shape_of
 
-        return scratch_bytes(engine, rows)
+        shared = shape_of(engine, rows["tokens"]).bytes if engine.world_size > 1 else 0
+        return scratch_bytes(engine, rows) + shared
 
     def executor(self, engine: Engine, *, threads: int | None, num_blocks: int,
                  communicator: Communicator | None) -> Executor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tensorwright.kernels.cuda.decode import layer_stretches
 from tensorwright.kernels.cuda.decode_chain import chain_stretches
+from tensorwright.kernels.cuda.decode_ranks import rank_stretches
 from tensorwright.kernels.cuda.decoder import recognise
 from tensorwright.kernels.cuda.launch import Stretch
 from tensorwright.kernels.interface import Target
@@ -16,5 +17,5 @@ def decode_stretches(program: Program, target: Target, layouts: Mapping[str, str
     """The best first, for each number of sequences; `layouts`: of each weight by name. None for other programs."""
     decoder = recognise(program, layouts)
     if decoder is None:
-        return ()
+        return rank_stretches(program, target, layouts)
     return (*layer_stretches(decoder, program, target), *chain_stretches(decoder, program, target))

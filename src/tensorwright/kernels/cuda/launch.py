@@ -13,6 +13,7 @@ from tensorwright.kernels.interface import Source
 from tensorwright.program.ops import OPS
 from tensorwright.program.program import Op
 
+RANKS = "ranks.state"
 Argument = str | int | float
 Arguments = tuple[Argument | tuple[Argument, ...], ...]
 
@@ -34,13 +35,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, or one call of a library (see `matmul`).
+    """One launch of a kernel, or one call of a library: `matmul`, or `all_reduce` and `all_gather` over ranks (x, y and
+    the numbers of a row; rows are the grid).
 
     `function` is a name expression such as "tw::embedding<tw::half, 5120>". An inner tuple of `arguments` is a
     structure passed by value. An argument is an int (int32), a float (float32), "sizes.tokens" (int32), "" (a null
     pointer) or a pointer: "inputs.x", "outputs.y", "weights.weight" (null where the op has no such weight),
-    "scratch.x", "zeros.x", "tables.x", or, of no op, "batch.positions" and "named.layers.0.kv" (a weight or buffer of
-    the program). A pointer may end in "+bytes".
+    "scratch.x", "zeros.x", "tables.x", "ranks.state" (tw::Ranks, of an engine of several), or, of no op,
+    "batch.positions" and "named.layers.0.kv" (a weight or buffer of the program). A pointer may end in "+bytes".
     """
 
     function: str
@@ -142,6 +144,11 @@ def _kind(argument: Argument) -> str:
     if isinstance(argument, str):
         return "int" if argument.startswith("sizes.") else "pointer"
     return "float" if isinstance(argument, float) else "int"
+
+
+def needs_peers(source: GpuSource) -> bool:
+    """Whether a kernel writes into the memory of other ranks' GPUs."""
+    return any(RANKS in flat(launch.arguments) for launch in source.launches)
 
 
 def scratch_offsets(scratch: Mapping[str, Size], symbols: Mapping[str, int]) -> tuple[dict[str, int], int]:

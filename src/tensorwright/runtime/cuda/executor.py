@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tensorwright.engine.engine import Engine
-from tensorwright.errors import RanksError, UsageError
+from tensorwright.errors import UsageError
 from tensorwright.kernels.cuda.driver import current_context, use_context
 from tensorwright.kernels.cuda.targets import check_target
 from tensorwright.runtime.batch import Batch, SamplingRow
@@ -23,6 +23,7 @@ from tensorwright.runtime.cuda.inputs import Inputs, Sizes, decode_bucket, sizes
 from tensorwright.runtime.cuda.logits import DeviceLogits, LateDraw, Results
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights
 from tensorwright.runtime.cuda.plan import Plan
+from tensorwright.runtime.cuda.ranks import Ranks
 from tensorwright.runtime.cuda.sampling import Samplings, is_greedy
 
 NOT_IN_NUMPY: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16,
@@ -46,8 +47,6 @@ class CudaExecutor:
         """
         check_target(engine.target, engine=str(engine.directory))
         check_ranks(engine.world_size, communicator)
-        if engine.world_size > 1:
-            raise RanksError("GPU engines of several ranks cannot be run yet", mend="tensorwright convert --tp_size 1")
         self.engine, self.program = engine, engine.program
         self.vocab_size, self.num_blocks, self.block_size = engine.vocab_size, num_blocks, engine.tokens_per_block
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -60,8 +59,10 @@ class CudaExecutor:
         self._weights = Weights(engine, self.device)
         self._caches = Caches(engine, num_blocks, self.device)
         self._inputs, self._samplings = Inputs(self.device), Samplings(self.device)
+        most = max(self._max_tokens, self._buckets[-1])
+        self._ranks = None if communicator is None else Ranks(engine, communicator, self.device, most)
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch: no types
-        self._results = Results(self.device)
+        self._results = Results(self.device, self._check)
         self._bind(self._buckets[-1])
 
     def _bind(self, max_outputs: int) -> None:
@@ -72,7 +73,7 @@ class CudaExecutor:
         self._activations = Activations(self.engine, rows, self.device)
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors,
-                          stretches=self._stretches_wanted)
+                          stretches=self._stretches_wanted, ranks=self._ranks)
         self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
         self._graphs_address = self._inputs.address
         self._results.grow(max_outputs)
@@ -88,6 +89,12 @@ class CudaExecutor:
         with torch.cuda.stream(self._stream), torch.no_grad():
             self._run(batch, begin, end)
         self._stream.synchronize()
+        self._check()
+
+    def _check(self) -> None:
+        """Raise RanksError if another rank has left the last step without what it needed."""
+        if self._ranks is not None:
+            self._ranks.check()
 
     @property
     def logits(self) -> torch.Tensor:

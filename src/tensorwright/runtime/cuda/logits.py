@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,9 @@ class Results:
     not asked for yet.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._turn = device, 0
+    def __init__(self, device: torch.device, check: Callable[[], None]) -> None:
+        """`check` raises if a step that has ended must not be believed."""
+        self._device, self._turn, self._check = device, 0, check
         self._copied: list[Any] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]  # no types
         self._chosen = self._drawn = torch.zeros((0, 4), dtype=torch.float32, device=device)
         self._pinned: list[torch.Tensor] = []
@@ -80,17 +81,20 @@ class Results:
         pinned, copied = self._pinned[self._turn], self._copied[self._turn]
         pinned[:count].copy_(self._drawn[:count], non_blocking=True)
         copied.record()
-        return LateDraw(pinned[:count], copied)
+        return LateDraw(pinned[:count], copied, self._check)
 
 
 class LateDraw:
     """`runtime.batch.Draw`: pinned memory that a stream is still to fill."""
 
-    def __init__(self, pinned: torch.Tensor, copied: Any) -> None:
-        self._pinned, self._copied = pinned, copied
+    def __init__(self, pinned: torch.Tensor, copied: Any, check: Callable[[], None]) -> None:
+        self._pinned, self._copied, self._check = pinned, copied, check
 
     def result(self) -> Drawn:
         """The tokens, once they are there."""
-        self._copied.synchronize()
+        try:
+            self._copied.synchronize()
+        finally:  # a driver that fails because another rank's memory is gone says less than the check
+            self._check()
         chosen = self._pinned.numpy().copy()
         return Drawn(chosen[:, 0].copy().view(np.int32), chosen[:, 1], np.isfinite(chosen[:, 2]))

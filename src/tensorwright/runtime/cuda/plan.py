@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.driver import Call, Function, load_module
 from tensorwright.kernels.cuda.launch import (
+    RANKS,
     GpuSource,
     Launch,
     flat,
     is_library_call,
+    needs_peers,
     operand_name,
     parameter_kinds,
     scratch_offsets,
@@ -26,6 +28,7 @@ from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Op
 from tensorwright.runtime.cuda.inputs import Sizes
 from tensorwright.runtime.cuda.memory import Activations, Caches, Weights, entries_of
+from tensorwright.runtime.cuda.ranks import Ranks
 
 Symbols = Mapping[str, int]
 
@@ -47,22 +50,35 @@ class _Resolved:
     grids: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class _Collective:
+    """NCCL's sum or gather of `columns` numbers a row at address x, into address y or that piece of scratch memory."""
+
+    run: Callable[[int, int, int, int], None]
+    x: int
+    y: int | str
+    columns: int
+
+
 class Plan:
     """All ops, bound when they first run at a tactic."""
 
     def __init__(self, engine: Engine, weights: Weights, caches: Caches, activations: Activations,
-                 processors: int, *, stretches: bool = True) -> None:
-        """`stretches`: whether ops may run several at once where the engine has kernels for it."""
+                 processors: int, *, stretches: bool = True, ranks: Ranks | None = None) -> None:
+        """`stretches`: whether ops may run several at once where the engine has kernels for it. `ranks`: if several."""
         # Parts of a sum that were rounded to 16 bits before they are added could overflow, whatever the sum is.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._engine, self._weights, self._caches, self._activations = engine, weights, caches, activations
-        self._processors, self._facts, self._uses_stretches = processors, engine.manifest["kernels"], stretches
-        self._entries, self._code = entries_of(engine), engine.kernels()
+        self._processors, self._facts = processors, engine.manifest["kernels"]
+        self._entries, self._code, self._ranks = entries_of(engine), engine.kernels(), ranks
+        self._barred = set() if ranks is not None and ranks.has_peers else {
+            name for name, source in self._entries.items() if needs_peers(source)}
+        self._stretches = [each for each in self._facts["stretches"] if stretches and each["entry"] not in self._barred]
         self._modules: dict[int, Any] = {}
         self._functions: dict[tuple[str, int], Function] = {}
         self._calls: dict[str, Call] = {}  # of what belongs to no op
-        self._bound: dict[tuple[int, str], list[_Bound | Product]] = {}
+        self._bound: dict[tuple[int, str], list[_Bound | Product | _Collective]] = {}
         self._kept: list[torch.Tensor] = []  # memory of stretches
 
     def run(self, begin: int, end: int, sizes: Sizes, inputs: Symbols, stream: int) -> None:
@@ -77,7 +93,7 @@ class Plan:
                 continue
             op = self._engine.program.ops[index]
             symbols["rows"] = symbols[str(self._engine.program.buffers[op.outputs[0]].shape[0])]
-            symbol = self._engine.steps[index].at(symbols["rows"]).symbol
+            symbol = self._entry_of(index, symbols["rows"])
             if symbols["rows"] > 0:
                 self._run_entry(op, (index, symbol), symbols, inputs, stream, resolved)
             index += 1
@@ -88,8 +104,13 @@ class Plan:
         return None if stretch is None else str(stretch["entry"])
 
     def _stretch(self, begin: int, end: int, sizes: Sizes) -> Mapping[str, Any] | None:
-        return stretch_for(self._facts["stretches"] if self._uses_stretches else (), begin, end, sizes,
-                           self._processors)
+        return stretch_for(self._stretches, begin, end, sizes, self._processors)
+
+    def _entry_of(self, index: int, rows: int) -> str:
+        """Of an op for so many rows; its last one where another needs memory of peers that is out of reach."""
+        step = self._engine.steps[index]
+        symbol = step.at(rows).symbol
+        return step.symbol if symbol in self._barred else symbol
 
     def _run_entry(self, op: Op | None, key: tuple[int, str], symbols: Symbols, inputs: Symbols, stream: int,
                    resolved: dict[tuple[str, int], _Resolved]) -> None:
@@ -103,6 +124,10 @@ class Plan:
         for launch, grid in zip(self._bound[key], now.grids, strict=True):
             if isinstance(launch, Product):
                 self._multiply(launch, grid[0], partial(self._matrix, op, now.offsets))
+                continue
+            if isinstance(launch, _Collective):
+                into = launch.y if isinstance(launch.y, int) else now.arguments[launch.y]
+                launch.run(launch.x, into, grid[0] * launch.columns, stream)
                 continue
             for index, name in launch.changing:
                 launch.call.set(index, now.arguments[name])
@@ -152,15 +177,23 @@ class Plan:
         start, size = offsets[piece], rows * columns * dtype.itemsize
         return self._activations.scratch[start:start + size].view(dtype).view(rows, columns)
 
-    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | Product]:
+    def _bind(self, op: Op | None, source: GpuSource) -> list[_Bound | Product | _Collective]:
         memory = {f"zeros.{name}": torch.zeros(size, dtype=torch.uint8, device=self._activations.scratch.device)
                   for name, size in source.zeros}
         for name, pointers in source.tables:
             table = [self._address(op, pointer, memory) for pointer in pointers]
             memory[f"tables.{name}"] = torch.tensor(table, dtype=torch.int64, device=self._activations.scratch.device)
         self._kept += memory.values()
-        return [Product.of(launch) if is_library_call(launch.function) else self._bind_kernel(op, launch, memory)
-                for launch in source.launches]
+        return [self._bind_call(op, launch) if is_library_call(launch.function) else
+                self._bind_kernel(op, launch, memory) for launch in source.launches]
+
+    def _bind_call(self, op: Op | None, launch: Launch) -> Product | _Collective:
+        if self._ranks is None or launch.function == "matmul":
+            return Product.of(launch)
+        x, y, columns = map(str, launch.arguments)
+        run = self._ranks.nccl.all_reduce if launch.function == "all_reduce" else self._ranks.nccl.all_gather
+        into = y if self._changing(op, y) else self._address(op, y, {})
+        return _Collective(run, self._address(op, x, {}), into, int(columns))
 
     def _bind_kernel(self, op: Op | None, launch: Launch, memory: Mapping[str, torch.Tensor]) -> _Bound:
         call = self._call(launch)
@@ -200,6 +233,8 @@ class Plan:
         whole, _, offset = argument.partition("+")
         if whole in memory:
             return int(memory[whole].data_ptr())
+        if whole == RANKS:
+            return self._ranks.state if self._ranks is not None else 0
         kind, _, name = whole.partition(".")
         operand = name if kind == "named" else operand_name(op, whole)
         if operand is None:

@@ -21,6 +21,7 @@ from tensorwright.kernels.cuda.decode_steps import decode_stretches
 from tensorwright.kernels.cuda.driver import KINDS
 from tensorwright.kernels.cuda.launch import GpuSource, Launch, scratch_offsets
 from tensorwright.kernels.cuda.prefill import prefill_stretches
+from tensorwright.kernels.cuda.prefill_ranks import rank_prefill_stretches
 from tensorwright.kernels.cuda.products import Matrix, Product
 from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.targets import resolve_target
@@ -30,6 +31,7 @@ from tensorwright.runtime.cuda.memory import DTYPES, entries_of
 from tensorwright.runtime.cuda.plan import Plan
 from tensorwright.testing.simulator.compile import Kernels
 from tensorwright.testing.simulator.machine import SimulatedKernel
+from tensorwright.testing.simulator.ranks import SimulatedRanks
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 POISON = 0xFF
@@ -39,16 +41,17 @@ class SimulatedExecutor:
     """`testing.differential.StepExecutor` over the simulator."""
 
     def __init__(self, engine: Engine, *, num_blocks: int, processors: int = 8, max_tokens: int = 256,
-                 stretches: bool = True, seed: int = 0, races: bool = True) -> None:
+                 stretches: bool = True, seed: int = 0, races: bool = True,
+                 ranks: SimulatedRanks | None = None) -> None:
         """`processors`: of the GPU that is simulated; `seed`: of the order in which warps run; `races`: look for them
-        in shared memory.
+        in shared memory; `ranks`: if several.
         """
         self.engine, self.program, self.vocab_size = engine, engine.program, engine.vocab_size
         self._width = -(-engine.limits.max_seq_len // engine.tokens_per_block)
         self._memory = _Memory(engine, num_blocks, processors, max_tokens)
         self._inputs = torch.zeros(1 << 16, dtype=torch.int32)
         self._plan = _SimulatedPlan(engine, self._memory, processors, self._inputs, races=races, stretches=stretches,
-                                    seed=seed)
+                                    seed=seed, ranks=ranks)
 
     def execute(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [R, V]."""
@@ -131,11 +134,12 @@ class _SimulatedPlan(Plan):
     """The runtime's plan with other launches."""
 
     def __init__(self, engine: Engine, memory: _Memory, processors: int, inputs: torch.Tensor, *, stretches: bool,
-                 seed: int, races: bool) -> None:
+                 seed: int, races: bool, ranks: SimulatedRanks | None) -> None:
         given: Any = memory  # weights, caches and activations in one
-        super().__init__(engine, given, given, given, processors, stretches=stretches)
+        others: Any = ranks
+        super().__init__(engine, given, given, given, processors, stretches=stretches, ranks=others)
         self._kernels = Kernels(_functions(engine), resolve_target(engine.target))
-        self._memory, self._batch, self._seed, self.races = memory, inputs, seed, races
+        self._memory, self._batch, self._seed, self.races, self._others = memory, inputs, seed, races, ranks
 
     def _call(self, launch: Launch) -> Any:
         kinds = [KINDS[_kind(a)] if not isinstance(a, tuple) else [KINDS[_kind(each)] for each in a]
@@ -144,8 +148,9 @@ class _SimulatedPlan(Plan):
 
     def ranges(self) -> list[tuple[int, int]]:
         """(address, bytes) of all memory of the engine."""
-        return [(int(tensor.data_ptr()), tensor.numel() * tensor.element_size())
-                for tensor in (*self._memory.all(), self._batch, *self._kept)]
+        own = [(int(tensor.data_ptr()), tensor.numel() * tensor.element_size())
+               for tensor in (*self._memory.all(), self._batch, *self._kept)]
+        return own + (self._others.ranges() if self._others is not None else [])
 
     def next_seed(self) -> int:
         """Another order for each launch."""
@@ -189,7 +194,7 @@ def _functions(engine: Engine) -> Iterator[tuple[tuple[str, ...], tuple[str, ...
     """Headers and functions of what the engine's program was compiled from."""
     plan = choose(engine.program, resolve_target(engine.target), KERNELS)
     layouts = {entry["name"]: entry["layout"] for entry in engine.manifest["weights"]}
-    stretches = (stretch for stretches_of in (decode_stretches, prefill_stretches)
+    stretches = (stretch for stretches_of in (decode_stretches, prefill_stretches, rank_prefill_stretches)
                  for stretch in stretches_of(engine.program, plan.target, layouts))
     for source in (*plan.sources, *(stretch.source for stretch in stretches)):
         if isinstance(source, GpuSource):

@@ -97,6 +97,22 @@ __global__ void __launch_bounds__(THREADS) operand_rows(const Type* y, const Ope
   x.template put<THREADS, COLUMNS>(values);
 }
 
+// A row as an operand after rms_norm; `sum`: of its squares, this thread's part.
+template <int THREADS, int COLUMNS, class Operand>
+__device__ inline void put_normed(float (&values)[PARTS<THREADS, COLUMNS>][8], float sum, const float* norm, float epsilon, const Operand& x) {
+  const float factor = rsqrtf(block_sum<THREADS>(sum) / COLUMNS + epsilon);
+#pragma unroll
+  for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++) {
+    const int column = column_of<THREADS>(part);
+    if (column >= COLUMNS) continue;
+    float weights[8];
+    load_eight(norm + column, weights);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[part][i] *= weights[i] * factor;
+  }
+  x.template put<THREADS, COLUMNS>(values);
+}
+
 // stream += y + bias where ADD; x = rms_norm(stream) where NORM. Grid: rows. bias: null or [COLUMNS].
 template <class Type, int COLUMNS, int THREADS, bool ADD, bool NORM, class Operand>
 __global__ void __launch_bounds__(THREADS)
@@ -121,18 +137,7 @@ add_norm(float* stream, const Type* y, const float* bias, const float* norm, con
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += value[i] * value[i];
   }
-  if (!NORM) return;
-  const float factor = rsqrtf(block_sum<THREADS>(sum) / COLUMNS + epsilon);
-#pragma unroll
-  for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++) {
-    const int column = column_of<THREADS>(part);
-    if (column >= COLUMNS) continue;
-    float weights[8];
-    load_eight(norm + column, weights);
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[part][i] *= weights[i] * factor;
-  }
-  x.template put<THREADS, COLUMNS>(values);
+  if constexpr (NORM) put_normed<THREADS, COLUMNS>(values, sum, norm, epsilon, x);
 }
 
 // x = f(gate) * up of rows [gate | up]. Grid: rows. bias: null or [2 COLUMNS].
