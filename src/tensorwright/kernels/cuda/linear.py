@@ -25,6 +25,7 @@ from tensorwright.kernels.cuda.launch import (
     matmul,
     scaled_matmul,
 )
+from tensorwright.kernels.cuda.linear_float8 import OPERAND, linear_float8, ordered
 from tensorwright.kernels.cuda.targets import SHARED_BYTES
 from tensorwright.kernels.interface import Array, Cost, Source, Tactic, Target, Tensor
 from tensorwright.program.ops import ACTIVATIONS, ATTRIBUTE_DEFAULTS, OPS
@@ -64,14 +65,15 @@ class Linear:
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
         """One for each count of few tokens whose input fits into shared memory, and that for any number.
 
-        Where inputs are rounded to float8 from FLOAT8_ROWS on, another one does that.
+        Where inputs are rounded to float8 from FLOAT8_ROWS on, two others do that: with a library, and without.
         """
         weight, limit = _weight(op, program), SHARED_BYTES[target.name] - STATIC_SHARED
         layout = _layout(op, program)
         few = ((tokens, _ring(weight, tokens, limit)) for tokens in FEW_TOKENS)
         return (*(Tactic(layout, {"tokens": tokens, "stages": ring[0], "stage_units": ring[1]})
                   for tokens, ring in few if ring is not None), Tactic(layout),
-                *([Tactic(layout, {"float8": 1})] if _attribute(op, "float8_rows") else []))
+                *([Tactic(layout, {"float8": 1}), Tactic(layout, {"float8": 1, "packed": 1})]
+                  if _attribute(op, "float8_rows") else []))
 
     def estimate(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> float:
         """The smallest instance that holds the tokens; unpacking where there is none. Infinite: it would be wrong."""
@@ -97,7 +99,7 @@ class Linear:
     def source(self, op: Op, program: Program, tactic: Tactic) -> Source:
         """The launches of either way."""
         if "float8" in tactic.parameters:
-            return _many_float8(op, program, tactic)
+            return (_packed_float8 if "packed" in tactic.parameters else _many_float8)(op, program, tactic)
         return _few(op, program, tactic) if "tokens" in tactic.parameters else _many(op, program, tactic)
 
     def scratch_bytes(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> int:
@@ -223,6 +225,19 @@ def _many_float8(op: Op, program: Program, tactic: Tactic) -> GpuSource:
         scratch={"x": Size("rows", times=4 * padded), "rounded": Size("rows", times=padded),
                  "scales": Size("rows", times=4), "panel": Size(times=rows * padded),
                  "weight_scales": Size(times=4 * rows), "product": Size("rows", times=4 * rows)})
+
+
+def _packed_float8(op: Op, program: Program, tactic: Tactic) -> GpuSource:
+    """The same with the weight as it lies, straight into the results."""
+    weight = _weight(op, program)
+    padded = units.Shape(weight).units * units.UNIT_INPUTS
+    operand: tuple[Argument, ...] = ("scratch.rounded", "scratch.scales", "sizes.rows")
+    rounded = row_pass("operand_rows", ("float",), padded, OPERAND, ("scratch.x", operand), Size("rows"))
+    results = f"tw::Float8Results<{native_order(tactic.layout, weight.shape[0])}, {weight.shape[0]}>"
+    product = linear_float8(weight, "weights.weight", operand, NATIVE_TYPES[dtype_name(weight)], results, _output(op))
+    return gpu_source(("linear_float8.cuh",), _input(op, program, 0, "float"), rounded, product,
+                      scratch={"x": Size("rows", times=4 * padded), "rounded": ordered("rows", padded),
+                               "scales": Size("rows", times=4)})
 
 
 def row_pass(function: str, shape: tuple[object, ...], columns: int, operand: str, arguments: Arguments,

@@ -4,8 +4,9 @@ It is a stretch. Each linear is unpacked into rows of 16-bit numbers and multipl
 everything up to the next linear's input: residual and norm, rope and cache write, or the gated activation. The residual
 stream stays float32, in the buffer of the last layer's output, where the ops after the layers find it.
 
-Where a program rounds the inputs of its linears to float8 from some number of tokens on, these steps have a stretch of
-their own: weights are unpacked to float8, and the passes leave float8 with one scale a row.
+Where a program rounds the inputs of its linears to float8 from some number of tokens on, these steps have stretches of
+their own: the passes leave float8 with one scale a row, and weights are multiplied as they are packed, or unpacked to
+float8 for the library.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tensorwright.kernels.cuda.attention import Attention, attention_launch, att
 from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, Stretch, matmul, scaled_matmul
 from tensorwright.kernels.cuda.linear import dtype_name, native_order, row_pass, unpack, unpack_bytes
+from tensorwright.kernels.cuda.linear_float8 import OPERAND, linear_float8, ordered
 from tensorwright.kernels.interface import Tactic, Target
 from tensorwright.program.ops import ACTIVATIONS
 from tensorwright.program.program import Op, Program, Weight
@@ -37,6 +39,7 @@ class _Prefill:
     layouts: Mapping[str, str]
     layers: tuple[tuple[Op, ...], ...]
     is_float8: bool = False  # what is multiplied
+    is_packed: bool = False  # float8 weights are, as they lie
 
     @property
     def dtype(self) -> str:
@@ -78,7 +81,11 @@ def prefill_stretches(program: Program, target: Target, layouts: Mapping[str, st
         return (Stretch(0, end, 0, 0, _source(prefill), least=LEAST_TOKENS),)
     if len(found) > 1:
         return ()
-    return (Stretch(0, end, 0, 0, _source(replace(prefill, is_float8=True)), least=found.pop()),
+    least = found.pop()
+    is_packed = all(prefill.weight(op).dtype == "float8_e4m3" for ops in prefill.layers for op in ops
+                    if op.kind == "linear")
+    rounded = replace(prefill, is_float8=True, is_packed=is_packed)
+    return (Stretch(0, end, 0, 0, _source(rounded), least=least),
             Stretch(0, end, 0, 0, _source(prefill), least=LEAST_TOKENS))
 
 
@@ -122,7 +129,8 @@ def _source(prefill: _Prefill) -> GpuSource:
     for index, ops in enumerate(prefill.layers):
         launches += _layer(prefill, ops, None if index == last else prefill.layers[index + 1][0])
     parts, arrivals = attention_memory(prefill.layers[0][2])
-    return GpuSource(("prefill.cuh", "elementwise.cuh", "rope.cuh", "attention.cuh"), "", tuple(launches),
+    products = "linear_float8.cuh" if prefill.is_packed else "prefill.cuh"
+    return GpuSource((products, "elementwise.cuh", "rope.cuh", "attention.cuh"), "", tuple(launches),
                      scratch=(*_scratch(prefill).items(), ("attention_parts", Size(times=parts))),
                      zeros=(("attention_arrivals", arrivals),))
 
@@ -147,6 +155,13 @@ def _product(prefill: _Prefill, op: Op, x: str) -> tuple[Launch, ...]:
     weight = prefill.weight(op)
     rows, inputs = weight.shape
     address, order = f"named.{weight.name}", native_order(prefill.layouts[weight.name], rows)
+    if prefill.is_packed:
+        output = f"tw::Float8Products<{prefill.number}, {order}, {rows}>"
+        if _is_gated_at_once(prefill, op):
+            gate = attribute(prefill.program.consumers(op.outputs[0])[0], "gate")
+            output = f"tw::Float8Gated<{prefill.number}, tw::Function::{gate}, {rows // 2}>"
+        return (linear_float8(weight, address, (x, "scratch.scales", "sizes.tokens"), prefill.number, output,
+                              ("scratch.wide",)),)
     if prefill.is_float8:
         scales = ("scratch.scales", "scratch.weight_scales")
         return (unpack_bytes(weight, address, order, "scratch.panel", scales[1]),
@@ -157,6 +172,8 @@ def _product(prefill: _Prefill, op: Op, x: str) -> tuple[Launch, ...]:
 
 def _operand(prefill: _Prefill, where: str) -> tuple[str, tuple[Argument, ...]]:
     """The C++ type that makes rows of a product's input, and its arguments."""
+    if prefill.is_packed:
+        return OPERAND, (where, "scratch.scales", "sizes.tokens")
     if prefill.is_float8:
         return "tw::RowsFloat8", (where, "scratch.scales")
     return f"tw::Rows16<{prefill.number}>", (where,)
@@ -183,8 +200,16 @@ def _add_norm(prefill: _Prefill, added: Op | None, normed: Op | None) -> Launch:
 
 def _gate(prefill: _Prefill, gate: Op, proj: Op) -> Launch:
     operand, x = _operand(prefill, "scratch.inner")
+    if _is_gated_at_once(prefill, gate):
+        return row_pass("operand_rows", (prefill.number,), prefill.weight(proj).shape[1], operand, ("scratch.wide", x),
+                        TOKENS)
     return row_pass("gate_rows", (prefill.number, f"tw::Function::{attribute(proj, 'gate')}"),
                     prefill.weight(proj).shape[1], operand, ("scratch.wide", _bias(gate), x), TOKENS)
+
+
+def _is_gated_at_once(prefill: _Prefill, op: Op) -> bool:
+    """Whether the product of gate and up leaves the activated gate times up."""
+    return (prefill.is_packed and prefill.layouts[prefill.weight(op).name] == units.GATED and "bias" not in op.weights)
 
 
 def _bias(op: Op) -> str:
@@ -202,5 +227,8 @@ def _scratch(prefill: _Prefill) -> dict[str, Size]:
     wide = max(weight.shape[0] for layer in linears for weight in layer)
     panel = max(weight.shape[0] * weight.shape[1] for layer in linears for weight in layer)
     scales = {"scales": Size("tokens", times=4), "weight_scales": Size(times=4 * wide)} if prefill.is_float8 else {}
+    if prefill.is_packed:
+        return {"x": ordered("tokens", 2 * x), "inner": ordered("tokens", 2 * inner),
+                "wide": Size("tokens", times=2 * wide), "scales": Size("tokens", times=4)}
     return {"x": Size("tokens", times=2 * x), "inner": Size("tokens", times=2 * inner),
             "wide": Size("tokens", times=2 * wide), "panel": Size(times=(1 if scales else 2) * panel), **scales}

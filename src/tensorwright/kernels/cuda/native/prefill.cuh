@@ -60,28 +60,34 @@ template <class Type> struct Rows16 {
   }
 };
 
-// float8, a row's largest being 448; of a row below 2^-100, zeros.
+// A row's numbers over their scale, so that the largest is 448; of a row below 2^-100, zeros.
+template <int THREADS, int COLUMNS> __device__ inline void scale_row(float (&values)[PARTS<THREADS, COLUMNS>][8], float* scales) {
+  float largest = 0.f;
+#pragma unroll
+  for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++)
+    if (column_of<THREADS>(part) < COLUMNS)
+#pragma unroll
+      for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[part][i]));
+  largest = block_max<THREADS>(largest);
+  const float inverse = largest >= 0x1p-100f ? 448.f / largest : 0.f;
+  if (threadIdx.x == 0) scales[blockIdx.x] = largest / 448.f;
+#pragma unroll
+  for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[part][i] *= inverse;
+}
+
+// float8 and one scale a row.
 struct RowsFloat8 {
   float8* x;      // [rows, COLUMNS]
   float* scales;  // [rows]
 
   template <int THREADS, int COLUMNS> __device__ void put(float (&values)[PARTS<THREADS, COLUMNS>][8]) const {
-    float largest = 0.f;
+    scale_row<THREADS, COLUMNS>(values, scales);
 #pragma unroll
     for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++)
-      if (column_of<THREADS>(part) < COLUMNS)
-#pragma unroll
-        for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[part][i]));
-    largest = block_max<THREADS>(largest);
-    const float inverse = largest >= 0x1p-100f ? 448.f / largest : 0.f;
-    if (threadIdx.x == 0) scales[blockIdx.x] = largest / 448.f;
-#pragma unroll
-    for (int part = 0; part < PARTS<THREADS, COLUMNS>; part++)
-      if (const int column = column_of<THREADS>(part); column < COLUMNS) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[part][i] *= inverse;
+      if (const int column = column_of<THREADS>(part); column < COLUMNS)
         store_eight(x + (size_t)blockIdx.x * COLUMNS + column, values[part]);
-      }
   }
 };
 
