@@ -65,15 +65,15 @@ class Linear:
     def tactics(self, op: Op, program: Program, target: Target) -> tuple[Tactic, ...]:
         """One for each count of few tokens whose input fits into shared memory, and that for any number.
 
-        Where inputs are rounded to float8 from FLOAT8_ROWS on, two others do that: with a library, and without.
+        Where inputs are rounded to float8 from FLOAT8_ROWS on, others do: with packed float8 weights, or a library.
         """
         weight, limit = _weight(op, program), SHARED_BYTES[target.name] - STATIC_SHARED
-        layout = _layout(op, program)
+        layout, rounds = _layout(op, program), _attribute(op, "float8_rows") > 0
         few = ((tokens, _ring(weight, tokens, limit)) for tokens in FEW_TOKENS)
         return (*(Tactic(layout, {"tokens": tokens, "stages": ring[0], "stage_units": ring[1]})
                   for tokens, ring in few if ring is not None), Tactic(layout),
-                *([Tactic(layout, {"float8": 1}), Tactic(layout, {"float8": 1, "packed": 1})]
-                  if _attribute(op, "float8_rows") else []))
+                *([Tactic(layout, {"float8": 1, "packed": 1})] if rounds and weight.dtype == "float8_e4m3" else []),
+                *([Tactic(layout, {"float8": 1})] if rounds else []))
 
     def estimate(self, op: Op, program: Program, tactic: Tactic, num_tokens: int) -> float:
         """The smallest instance that holds the tokens; unpacking where there is none. Infinite: it would be wrong."""
