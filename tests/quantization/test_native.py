@@ -96,7 +96,7 @@ def test_numbers_that_are_none_are_seen(native: NativeQuantizer, dtype: np.dtype
 
 def test_every_float8_and_every_tie_between_two(native: NativeQuantizer) -> None:
     """A row whose scale is 1 holds all float8 numbers, what lies half-way between neighbours, and a bit beside that."""
-    codes = np.arange(127, dtype=np.uint8).view(np.dtype("float8_e4m3fn")).astype(np.float32)
+    codes = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     ties = (codes[1:] + codes[:-1]) / 2
     row = np.concatenate([codes, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(448))])
     weight = np.concatenate([row, -row])[None]

@@ -71,7 +71,7 @@ def test_float8_is_off_by_a_sixteenth_at_most(weight: NDArray[Any], scales: np.d
 def test_float8_matrices_come_back(codes: NDArray[Any]) -> None:
     """What is float8 times a power of two already, with 448 in each row, loses nothing."""
     codes[:, 0] = 126
-    weight = codes.view(np.dtype("float8_e4m3fn")).astype(np.float32) * np.float32(0.125)
+    weight = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(0.125)
     result = quantize(weight, FLOAT8, FLOAT16)
     assert (result.scales == 0.125).all()
     np.testing.assert_array_equal(dequantize(result.codes, result.scales), weight)

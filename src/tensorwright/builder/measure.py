@@ -22,6 +22,7 @@ from tensorwright.kernels.cpu.load import load_library, thread_pool
 from tensorwright.kernels.interface import Array, Source, Tactic, Target, Tensor, symbols
 from tensorwright.program.ops import OPS
 from tensorwright.program.program import Weight
+from tensorwright.program.reference import to_float8
 
 ROTATED_BYTES = 128 << 20  # weights are read in turn from so much memory: more than caches hold, as in a whole step
 BUDGET_S = 0.08  # for all tactics of one op at one number of rows
@@ -185,9 +186,11 @@ def random_tensor(weight: Weight, random: np.random.Generator) -> Tensor:
     if not weight.is_quantized:
         return Tensor(random.standard_normal(weight.shape, np.float32).astype(DTYPES[weight.dtype]))
     rows, inputs = weight.shape
-    codes = random.integers(0, 256, (rows, inputs // 2 if weight.dtype == "int4" else inputs), np.uint8)
     groups = inputs // weight.group_size if weight.group_size > 0 else 1
     scales = random.uniform(0.001, 0.01, (rows, groups)).astype(DTYPES[weight.scale_dtype])
+    if weight.dtype == "float8_e4m3":  # not any codes: two of them are no numbers
+        return Tensor(to_float8(random.standard_normal(weight.shape, np.float32) * np.float32(100)), scales)
+    codes = random.integers(0, 256, (rows, inputs // 2 if weight.dtype == "int4" else inputs), np.uint8)
     return Tensor(codes if weight.dtype == "int4" else codes.view(np.int8), scales)
 
 
