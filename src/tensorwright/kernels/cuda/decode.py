@@ -13,7 +13,7 @@ from tensorwright.kernels.cuda.targets import PROCESSORS, SHARED_BYTES
 from tensorwright.kernels.interface import Tactic, Target
 from tensorwright.program.program import Op, Program
 
-WARPS, STAGE_UNITS, MAX_LAYERS, KEY_CHUNK = 12, 4, 48, 256  # of native/decode_layers.cuh
+WARPS, STAGE_CODES, MAX_LAYERS, KEY_CHUNK = 12, 4096, 48, 256  # of native/decode_layers.cuh; bytes of a stage
 STATIC_SHARED = 8 << 10  # barriers, pointers, keys and what else the kernel declares
 MOST_SLOTS = {1: 43, 2: 28}  # stages on their way, by sequences: more gain nothing
 LOG2E = 1.4426950408889634
@@ -30,13 +30,17 @@ def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
                  for tokens, source in sources.items() if source is not None)
 
 
+def _stage_units(shapes: Shapes) -> int:
+    return STAGE_CODES // units.Shape(shapes.weight).code_bytes
+
+
 def _fits(shapes: Shapes, tokens: int) -> bool:
     """What the kernel asserts of its shapes."""
     group = shapes.heads // shapes.kv_heads
     widest = max(shapes.ffn, shapes.hidden)
     widths = (shapes.hidden, shapes.heads * HEAD, shapes.ffn)
-    return (KEY_CHUNK % shapes.block_size == 0 and shapes.weight.group_size > 0
-            and all(width % (STAGE_UNITS * units.UNIT_INPUTS) == 0 for width in widths)
+    return (KEY_CHUNK % shapes.block_size == 0
+            and all(width % (_stage_units(shapes) * units.UNIT_INPUTS) == 0 for width in widths)
             and shapes.hidden * tokens % 1024 == 0 and shapes.hidden * tokens <= 32 * 32 * WARPS and group <= 8
             and WARPS * group * HEAD * 4 <= widest * tokens * 2)
 
@@ -68,9 +72,10 @@ def _layers_launch(program: Program, layers: tuple[tuple[Op, ...], ...], target:
     widest = max(s.ffn, s.hidden)
     linears = (((s.heads + 2 * s.kv_heads) * HEAD, s.hidden), (s.hidden, s.heads * HEAD), (2 * s.ffn, s.hidden),
                (s.hidden, s.ffn))
-    stages = max(-(-rows // 16 // processors) * (inputs // 128 // STAGE_UNITS) for rows, inputs in linears)
-    fixed = widest * tokens * 2 + stages * tokens * 64 + widest // s.weight.group_size * 32
-    stage_bytes = STAGE_UNITS * units.Shape(s.weight).unit_bytes
+    weight, stage_units = units.Shape(s.weight), _stage_units(s)
+    stages = max(-(-rows // 16 // processors) * (inputs // 128 // stage_units) for rows, inputs in linears)
+    fixed = widest * tokens * 2 + stages * tokens * 64 + widest // (weight.group or units.UNIT_INPUTS) * 32
+    stage_bytes = stage_units * weight.unit_bytes
     slots = min(MOST_SLOTS[tokens], (SHARED_BYTES[target.name] - STATIC_SHARED - fixed) // stage_bytes)
     shape = (native_weights(s.weight), tokens, s.hidden, s.heads, s.kv_heads, s.ffn, s.block_size, slots, WARPS,
              processors)

@@ -51,23 +51,25 @@ __device__ inline uint4 poll_words(const u64* from, u32 epoch) {
 template <class Weights, int TOKENS, int HIDDEN, int HEADS, int KV_HEADS, int FFN, int BLOCK_SIZE, int SLOTS, int WARPS, int BLOCKS>
 struct Layers {
   using Type = typename Weights::Number;
-  static constexpr int STAGE_UNITS = 4, STAGE_BYTES = STAGE_UNITS * Weights::BYTES, THREADS = WARPS * LANES;
+  static constexpr int STAGE_UNITS = 4096 / Weights::CODE_BYTES, STAGE_BYTES = STAGE_UNITS * Weights::BYTES, THREADS = WARPS * LANES;
   static constexpr int QKV_ROWS = (HEADS + 2 * KV_HEADS) * 128, ATTENDED = HEADS * 128, ROWS = HEADS / KV_HEADS;
   static constexpr int MAX_K = FFN > HIDDEN ? FFN : HIDDEN, GROUPS = QUARTERS / Weights::GROUP_QUARTERS;
-  static constexpr int stages(int rows, int k) { return (rows / 16 + BLOCKS - 1) / BLOCKS * (k / 128 / STAGE_UNITS); }
+  static constexpr int tiles(int rows) { return (rows / 16 + BLOCKS - 1) / BLOCKS; }
+  static constexpr int stages(int rows, int k) { return tiles(rows) * (k / 128 / STAGE_UNITS); }
   static constexpr int larger(int a, int b) { return a > b ? a : b; }
   // Of one linear in one block: so many partial sums are kept.
   static constexpr int MAX_STAGES = larger(larger(stages(QKV_ROWS, HIDDEN), stages(HIDDEN, ATTENDED)), larger(stages(2 * FFN, HIDDEN), stages(HIDDEN, FFN)));
   static constexpr int X_BYTES = MAX_K * TOKENS * 2, SUM_BYTES = MAX_STAGES * TOKENS * 16 * 4;
   static constexpr int BIAS_BYTES = MAX_K / 128 * GROUPS * 8 * 4;
   static constexpr int SHARED_BYTES = SLOTS * STAGE_BYTES + X_BYTES + SUM_BYTES + BIAS_BYTES;
-  static constexpr int MAX_LAYERS = 48, OWN_TILES = (HIDDEN / 16 + BLOCKS - 1) / BLOCKS, TABLE = 64, KEY_CHUNK = 256;
+  static constexpr int MAX_LAYERS = 48, OWN_TILES = tiles(HIDDEN), TABLE = 64, KEY_CHUNK = 256;
 
   struct Shared {
     u64 filled[SLOTS];
     int asked[SLOTS];  // the stage that a slot was last asked for
     LayerPointers<Type> layers[MAX_LAYERS];
     float stream[OWN_TILES][TOKENS][16];
+    alignas(16) Type row_scales[Weights::ROW_SCALES ? larger(tiles(QKV_ROWS), tiles(2 * FFN)) : 1][16];  // of a linear
     alignas(16) float norms[2][OWN_TILES][16];  // this block's of the MLP, and of the next layer's attention
     float2 rotation[TOKENS][64];
     float squares[2][WARPS][TOKENS];

@@ -1,8 +1,8 @@
 // All layers of a decode step for one or two tokens, in one launch: BLOCKS thread blocks, one per multiprocessor, which
 // must all be resident (a cooperative launch, or nothing else on the device).
 //
-// Weights: a block's share of a linear (neighbouring row tiles) is one contiguous range of memory, read in stages of four
-// units. The stages of all linears of all layers are one sequence through one ring in shared memory; whoever has consumed a
+// Weights: a block's share of a linear (neighbouring row tiles) is one contiguous range of memory, read in stages of 4 KB of
+// codes. The stages of all linears of all layers are one sequence through one ring in shared memory; whoever has consumed a
 // slot asks for the stage that comes SLOTS later, whatever linear or layer that is. So memory is read while activations
 // are exchanged and attention runs.
 // Activations: each linear needs all of its input, which all blocks write. A writer stores (two numbers, epoch) as one
@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
 
   // One linear: takes its input as it comes, multiplies, and calls finish(tile, token, lower, upper) in whole warps, with the
   // sums of rows lane % 8 and lane % 8 + 8 of the tile.
-  auto linear = [&](auto index, auto inputs, const u64* x, const u64* squares, u32 epoch, auto finish) {
+  auto linear = [&](auto index, auto inputs, const char* weights, const u64* x, const u64* squares, u32 epoch, auto finish) {
     constexpr int INDEX = decltype(index)::value, K = decltype(inputs)::value;
+    constexpr size_t UNITS_BYTES = (size_t)(INDEX == 0 ? L::QKV_ROWS : INDEX == 2 ? 2 * FFN : HIDDEN) / 16 * (K / 128) * Weights::BYTES;
     constexpr int PIECES = K * TOKENS / 8, LOADS = (PIECES + THREADS - 1) / THREADS, PER_TILE = K / 128 / L::STAGE_UNITS;
     if (lane == 0) poll_words(x + (size_t)min(warp * LANES, PIECES - 1) * 4, epoch);
     __syncwarp();
@@ -174,6 +175,8 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
     __syncthreads();
 
     const int count = shared.count[INDEX];
+    if (Weights::ROW_SCALES && threadIdx.x < count / PER_TILE * 2)  // they follow the units: 32 bytes a tile
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared.row_scales) + threadIdx.x * 16), "l"(weights + UNITS_BYTES + shared.first_tile[INDEX] * 32 + threadIdx.x * 16) : "memory");
     const char* my_x = x_shared + g * 64 + t * 16;
     int slot = (base + warp) % SLOTS;
     u32 parity = (base + warp) / SLOTS & 1;
@@ -214,6 +217,10 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
         const float inverse_rms = rsqrtf(total / HIDDEN + input.epsilon);
         lower *= inverse_rms, upper *= inverse_rms;
       }
+      if (Weights::ROW_SCALES) {
+        const Type* scales = shared.row_scales[tile];
+        lower *= to_float(scales[lane % 8]), upper *= to_float(scales[lane % 8 + 8]);
+      }
       finish(shared.first_tile[INDEX] + tile, token, lower, upper);
     }
   };
@@ -245,7 +252,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
     for (int i = threadIdx.x; i < num_keys * 4; i += THREADS)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(cache_row(layer, first_key + i / 4) + i / 2 % 2 * KV_HEADS * BLOCK_SIZE * D + i % 2 * 64));
 #endif
-    linear(Constant<0>{}, Constant<HIDDEN>{}, input.x, input.square_sums, epoch, [&](int tile, int token, float lower, float upper) {
+    linear(Constant<0>{}, Constant<HIDDEN>{}, pointers.weights[0], input.x, input.square_sums, epoch, [&](int tile, int token, float lower, float upper) {
       const int head = tile / 8, d = tile % 8 * 8 + lane % 8;
       if (head < HEADS + KV_HEADS) {
         const float2 turn = shared.rotation[token][d];
@@ -352,20 +359,20 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
       }
     }
 
-    linear(Constant<1>{}, Constant<L::ATTENDED>{}, input.attended, (const u64*)nullptr, epoch, [&](int tile, int token, float lower, float upper) {
+    linear(Constant<1>{}, Constant<L::ATTENDED>{}, pointers.weights[1], input.attended, (const u64*)nullptr, epoch, [&](int tile, int token, float lower, float upper) {
       const float* at = &shared.stream[tile - shared.first_tile[1]][token][lane % 8];
       lower += at[0], upper += at[8];
       __syncwarp();
       publish_stream(tile, token, lower, upper, 0, input.x_mlp, input.square_sums_mlp, epoch);
     });
 
-    linear(Constant<2>{}, Constant<HIDDEN>{}, input.x_mlp, input.square_sums_mlp, epoch, [&](int tile, int token, float lower, float upper) {
+    linear(Constant<2>{}, Constant<HIDDEN>{}, pointers.weights[2], input.x_mlp, input.square_sums_mlp, epoch, [&](int tile, int token, float lower, float upper) {
       const float y = finite<Type>(lower / (1.f + __expf(-lower)) * upper), pair = __shfl_xor_sync(~0u, y, 1);
       if (lane < 8 && lane % 2 == 0) publish(input.gated + input_index<TOKENS>(token, tile * 8 + lane) / 2, tw::pack<Type>(y, pair), epoch);
     });
 
     copy_norm(1, is_final ? input.final_norm : shared.layers[layer + 1].attention_norm, threadIdx.x - LANES);
-    linear(Constant<3>{}, Constant<FFN>{}, input.gated, (const u64*)nullptr, epoch, [&](int tile, int token, float lower, float upper) {
+    linear(Constant<3>{}, Constant<FFN>{}, pointers.weights[3], input.gated, (const u64*)nullptr, epoch, [&](int tile, int token, float lower, float upper) {
       const float* at = &shared.stream[tile - shared.first_tile[1]][token][lane % 8];
       lower += at[0], upper += at[8];
       __syncwarp();
