@@ -25,7 +25,7 @@ def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
     if processors is None or len(decoder.layers) > MAX_LAYERS:
         return ()
     sources = {tokens: _source(program, target, decoder.layers, decoder.shapes, tokens, processors)
-               for tokens in MOST_SLOTS if _fits(decoder.shapes, tokens)}
+               for tokens in MOST_SLOTS if _fits(decoder.shapes, tokens, processors)}
     return tuple(Stretch(0, len(program.ops), tokens, processors, source, decoder.window)
                  for tokens, source in sources.items() if source is not None)
 
@@ -34,12 +34,12 @@ def _stage_units(shapes: Shapes) -> int:
     return STAGE_CODES // units.Shape(shapes.weight).code_bytes
 
 
-def _fits(shapes: Shapes, tokens: int) -> bool:
-    """What the kernel asserts of its shapes."""
+def _fits(shapes: Shapes, tokens: int, processors: int) -> bool:
+    """What the kernel asserts of its shapes; each kv head of each sequence has a block."""
     group = shapes.heads // shapes.kv_heads
     widest = max(shapes.ffn, shapes.hidden)
     widths = (shapes.hidden, shapes.heads * HEAD, shapes.ffn)
-    return (KEY_CHUNK % shapes.block_size == 0
+    return (KEY_CHUNK % shapes.block_size == 0 and tokens * shapes.kv_heads <= processors
             and all(width % (_stage_units(shapes) * units.UNIT_INPUTS) == 0 for width in widths)
             and shapes.hidden * tokens % 1024 == 0 and shapes.hidden * tokens <= 32 * 32 * WARPS and group <= 8
             and WARPS * group * HEAD * 4 <= widest * tokens * 2)
