@@ -390,10 +390,6 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
   launch_next_kernel();
 }
 
-}  // namespace tw
-
-namespace tw {
-
 // After everything that reads the count: the next step's words differ from this one's.
 __global__ void __launch_bounds__(1) count_step(u32* step) {
   launch_next_kernel();
