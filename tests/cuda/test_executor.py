@@ -1,15 +1,12 @@
-"""The GPU executor over a device that is played: what it is asked for happens late, when somebody waits for it.
-
-So a buffer that is written again too early, a token that the host would have to know, or a recorded step that looks at
-the wrong place gives other tokens. What kernels compute is the fake executor's and the reference's; they are tested
-for themselves.
+"""The GPU executor's own code over a GPU that is played. What kernels compute is the fake executor's and the
+reference's here; they are tested for themselves.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -31,70 +28,23 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 VOCAB, BLOCK, OPS = 32, 4, 3
 
 
-class Device:
-    """Work in the order in which it was given; `launch` only notes it."""
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.work: list[Callable[[], object]] = []
-        self.recording: list[Callable[[], object]] | None = None
-        self.replays = 0
-
-    def launch(self, work: Callable[[], object]) -> None:
-        (self.work if self.recording is None else self.recording).append(work)
-
-    def wait(self, until: int | None = None) -> None:
-        for work in self.work[self.done:until]:
-            self.done += 1
-            work()
-
-
-class Event:
-    def __init__(self, device: Device) -> None:
-        self.device, self.until = device, 0
-
-    def record(self) -> None:
-        self.until = len(self.device.work)
-
-    def synchronize(self) -> None:
-        self.device.wait(self.until)
-
-
-class Graph:
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-    def capture_begin(self, **_: Any) -> None:
-        self.device.recording = self.work = list[Callable[[], object]]()
-
-    def capture_end(self) -> None:
-        self.device.recording = None
-
-    def replay(self) -> None:
-        self.device.replays += 1
-        for work in self.work:
-            self.device.launch(work)
-
-
 class Caches(FakeExecutor):
     """KV blocks, and the model that reads them."""
 
-    def __init__(self, device: Device, num_blocks: int) -> None:
+    def __init__(self, gpu: Any, num_blocks: int) -> None:
         super().__init__(num_blocks=num_blocks, block_size=BLOCK)
-        self.device = device
+        self.gpu = gpu
 
     def copy_block(self, source: int, destination: int) -> None:
-        self.device.launch(lambda: self.copy_blocks([(source, destination)]))
+        self.gpu.launch(lambda: self.copy_blocks([(source, destination)]))
 
 
 class Plan:
-    """The launches of a step, as notes to the device."""
+    """The launches of a step, as notes to the GPU."""
 
-    device: Device
-
-    def __init__(self, engine: Any, _weights: Any, caches: FakeExecutor, activations: Any, _processors: int, *,
-                 stretches: bool) -> None:
-        self.model, self.logits = caches, activations.logits
+    def __init__(self, engine: Any, _weights: Any, caches: Caches, activations: Any, _processors: int, *,
+                 stretches: bool, ranks: None) -> None:
+        self.gpu, self.model, self.logits = caches.gpu, caches, activations.buffer()
 
     def stretch(self, begin: int, end: int, sizes: Any) -> None:
         """None: every op by itself."""
@@ -111,20 +61,20 @@ class Plan:
             assert (cut["token_ids"] >= 0).all()
             logits = self.model.execute(Batch(**cut))
             self.logits.numpy()[:len(logits)] = logits
-        self.device.launch(step)
+        self.gpu.launch(step)
 
     def take(self, tokens: int, token_ids: int, drawn: int, stream: int) -> None:
         def step() -> None:
             ids = ints(token_ids, tokens)
             for i in np.flatnonzero(ids < 0):
                 ids[i] = ints(drawn, 4 * int(-ids[i]))[-4]
-        self.device.launch(step)
+        self.gpu.launch(step)
 
     def choose(self, rows: int, logits: Any, chosen: int, drawn: int, stream: int) -> None:
         def step() -> None:
             for into in (chosen, drawn):
                 store(into, logits.numpy()[:rows], [SamplingRow()] * rows)
-        self.device.launch(step)
+        self.gpu.launch(step)
 
     def draw(self, rows: int, logits: Any, samplings: int, adjustments: int, chosen: int, drawn: int,
              stream: int) -> None:
@@ -135,7 +85,7 @@ class Plan:
             lines = logits.numpy()[settings["row"]]
             store(drawn, lines, [SamplingRow(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]),
                                              uniform=int(s["uniform"]) * 2.0**-32) for s in settings])
-        self.device.launch(step)
+        self.gpu.launch(step)
 
 
 def ints(address: int, count: int) -> Any:
@@ -149,43 +99,18 @@ def store(address: int, lines: Any, rows: list[SamplingRow]) -> None:
 
 
 @contextmanager
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Launches and what torch asks of a GPU, over the device that is played."""
-    from tensorwright.runtime.cuda import executor, inputs, logits
+def stand_ins() -> Iterator[Any]:
+    """For weights, memory and launches; gives the GPU."""
+    from tensorwright.testing.played_gpu import PlayedGpu, played
 
-    device, copy, to_host = Device(), torch.Tensor.copy_, torch.Tensor.cpu
+    def activations(_: Any, rows: dict[str, int], __: Any) -> Any:
+        logits = torch.zeros(rows["outputs"], VOCAB)
+        return SimpleNamespace(buffer=lambda *_: logits)
 
-    def copy_later(into: Any, source: Any, non_blocking: bool = False) -> Any:
-        if non_blocking:
-            device.launch(lambda: copy(into, source))
-            return into
-        device.wait()
-        return copy(into, source)
-
-    def to_host_now(tensor: Any) -> Any:
-        device.wait()
-        return to_host(tensor).clone()
-
-    cuda = SimpleNamespace(
-        Event=lambda: Event(device), Stream=lambda _: SimpleNamespace(cuda_stream=0, synchronize=device.wait),
-        CUDAGraph=lambda: Graph(device), stream=lambda _: nullcontext(), synchronize=lambda _: device.wait(),
-        current_device=lambda: 0, get_device_properties=lambda _: SimpleNamespace(multi_processor_count=1))
-    names = {"cuda": cuda, "device": lambda *_: torch.device("cpu"), "no_grad": torch.no_grad, "float32": torch.float32,
-             "int32": torch.int32, "zeros": lambda *size, pin_memory=False, **how: torch.zeros(*size, **how)}
-    with monkeypatch.context() as patch:
-        for module in (executor, inputs, logits):
-            patch.setattr(module, "torch", SimpleNamespace(**names))
-        patch.setattr(torch.Tensor, "copy_", copy_later)
-        patch.setattr(torch.Tensor, "cpu", to_host_now)
-        patch.setattr(executor, "Plan", type("Plan", (Plan,), {"device": device}))
-        patch.setattr(executor, "Weights", lambda *_: None)
-        patch.setattr(executor, "Caches", lambda _, count, __: Caches(device, count))
-        patch.setattr(executor, "Activations", lambda _, rows, __: SimpleNamespace(
-            logits=torch.zeros(rows["outputs"], VOCAB), buffer=None))
-        for name in ("check_target", "check_ranks", "use_context", "current_context"):
-            patch.setattr(executor, name, lambda *_, **__: None)
-        patch.setattr(executor.CudaExecutor, "logits", property(lambda self: self._activations.logits))
-        yield device
+    gpu = PlayedGpu()
+    with played(gpu, Plan=Plan, Weights=lambda *_: None, Caches=lambda _, count, __: Caches(gpu, count),
+                Activations=activations, check_ranks=lambda *_: None):
+        yield gpu
 
 
 def open_executor(num_blocks: int, *, graphs: bool = True, limits: Limits = LIMITS) -> Any:
@@ -207,18 +132,17 @@ def harness_over(executor: Any, limits: Limits = LIMITS) -> Harness:
 @pytest.mark.parametrize("runs_ahead", [True, False])
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "top_k": 5}, {"num_return_sequences": 3, "temperature": 1.0},
                                  {"beam_width": 2}, {"return_generation_logits": True}])
-def test_tokens_are_the_plain_run_s(graphs: bool, runs_ahead: bool, how: dict[str, Any],
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_plain_run_s(graphs: bool, runs_ahead: bool, how: dict[str, Any]) -> None:
     random = np.random.default_rng(0)
     prompts = [tuple(random.integers(3, 7, length).tolist()) for length in (3, 120, 17, 1, 9, 12)]
     asked = [{"max_tokens": count, **how} for count in (12, 3, 1, 20, 9, 15)]
-    with played(monkeypatch) as device:
+    with stand_ins() as gpu:
         executor = open_executor(80, graphs=graphs)
         executor.runs_ahead = runs_ahead
         harness = harness_over(executor)
         requests = [harness.submit(prompt, **wanted) for prompt, wanted in zip(prompts, asked, strict=True)]
         results = harness.run()
-        assert (device.replays > 10) == graphs
+        assert (gpu.replays > 10) == graphs
     for request, prompt, wanted in zip(requests, prompts, asked, strict=True):
         result = results[request.id]
         assert result.error is None
@@ -231,20 +155,20 @@ def test_tokens_are_the_plain_run_s(graphs: bool, runs_ahead: bool, how: dict[st
             assert [s.token_ids for s in result.sequences] == [s.token_ids for s in alone.run()[0].sequences]
 
 
-def test_a_step_is_on_its_way_while_the_host_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    with played(monkeypatch) as device:
+def test_a_step_is_on_its_way_while_the_host_does_something_else() -> None:
+    with stand_ins() as gpu:
         harness = harness_over(open_executor(80))
         harness.submit((3, 4, 5), max_tokens=12, end_ids=())
         harness.step()
         for number in range(10):
             steps = harness.executor._caches.num_steps  # type: ignore[attr-defined]
             assert steps == number  # the last one that was started has not begun
-            assert device.done < len(device.work)
+            assert gpu.done < len(gpu.work)
             harness.step()
 
 
-def test_prompts_in_many_pieces_are_not_overwritten_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    with played(monkeypatch):
+def test_prompts_in_many_pieces_are_not_overwritten_on_their_way() -> None:
+    with stand_ins():
         harness = harness_over(open_executor(80))
         prompt = tuple(np.random.default_rng(2).integers(3, 7, 190).tolist())
         harness.submit(prompt, max_tokens=2, end_ids=())
@@ -252,10 +176,10 @@ def test_prompts_in_many_pieces_are_not_overwritten_on_their_way(monkeypatch: py
     assert [list(result.sequences[0].token_ids)] == plain_run(prompt, SamplingParameters(max_tokens=2), end_ids=())
 
 
-def test_memory_that_grows_keeps_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_grows_keeps_what_was_drawn() -> None:
     """Context logits take more rows than there were, while another request's token is on its way."""
     limits = replace(LIMITS, max_batch_size=2, max_beam_width=1)
-    with played(monkeypatch):
+    with stand_ins():
         harness = harness_over(open_executor(200, limits=limits), limits)
         harness.submit((3, 4, 5), max_tokens=12, end_ids=())
         for _ in range(4):

@@ -63,7 +63,8 @@ class CudaExecutor:
         self._ranks = None if communicator is None else Ranks(engine, communicator, self.device, most)
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch: no types
         self._results = Results(self.device, self._check)
-        self._bind(self._buckets[-1])
+        with torch.cuda.stream(self._stream):
+            self._bind(self._buckets[-1])
 
     def _bind(self, max_outputs: int) -> None:
         """Memory for so many rows of logits; graphs of other memory are dropped."""

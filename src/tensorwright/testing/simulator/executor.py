@@ -7,7 +7,7 @@ engines. Products of a library are torch's on the CPU. Every launch may touch th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +24,7 @@ from tensorwright.kernels.cuda.prefill import prefill_stretches
 from tensorwright.kernels.cuda.prefill_ranks import rank_prefill_stretches
 from tensorwright.kernels.cuda.products import Matrix, Product
 from tensorwright.kernels.cuda.registry import KERNELS
+from tensorwright.kernels.cuda.sample import step_sources
 from tensorwright.kernels.cuda.targets import resolve_target
 from tensorwright.runtime.batch import Batch
 from tensorwright.runtime.cuda.inputs import Sizes, decode_bucket, sizes_of
@@ -34,13 +35,14 @@ from tensorwright.testing.simulator.machine import SimulatedKernel
 from tensorwright.testing.simulator.ranks import SimulatedRanks
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+PROCESSORS = 8
 POISON = 0xFF
 
 
 class SimulatedExecutor:
     """`testing.differential.StepExecutor` over the simulator."""
 
-    def __init__(self, engine: Engine, *, num_blocks: int, processors: int = 8, max_tokens: int = 256,
+    def __init__(self, engine: Engine, *, num_blocks: int, processors: int = PROCESSORS, max_tokens: int = 256,
                  stretches: bool = True, seed: int = 0, races: bool = True,
                  ranks: SimulatedRanks | None = None) -> None:
         """`processors`: of the GPU that is simulated; `seed`: of the order in which warps run; `races`: look for them
@@ -140,6 +142,7 @@ class _SimulatedPlan(Plan):
         super().__init__(engine, given, given, given, processors, stretches=stretches, ranks=others)
         self._kernels = Kernels(_functions(engine), resolve_target(engine.target))
         self._memory, self._batch, self._seed, self.races, self._others = memory, inputs, seed, races, ranks
+        self.submit: Callable[[Callable[[], object]], object] = lambda work: work()
 
     def _call(self, launch: Launch) -> Any:
         kinds = [KINDS[_kind(a)] if not isinstance(a, tuple) else [KINDS[_kind(each)] for each in a]
@@ -158,13 +161,16 @@ class _SimulatedPlan(Plan):
         return self._seed
 
     def _multiply(self, product: Product, rows: int, matrix: Matrix) -> None:
-        a, b = (matrix(name, count, product.inner, product.dtype).float()
-                for name, count in ((product.a, rows), (product.b, product.columns)))
-        y = a @ b.t()
-        if product.scales:
-            y *= matrix(product.scales[0], rows, 1, torch.float32)
-            y *= matrix(product.scales[1], product.columns, 1, torch.float32).t()
-        matrix(product.c, rows, product.columns, product.result).copy_(y)
+        def multiply() -> None:
+            a, b = (matrix(name, count, product.inner, product.dtype).float()
+                    for name, count in ((product.a, rows), (product.b, product.columns)))
+            y = a @ b.t()
+            if product.scales:
+                y *= matrix(product.scales[0], rows, 1, torch.float32)
+                y *= matrix(product.scales[1], product.columns, 1, torch.float32).t()
+            matrix(product.c, rows, product.columns, product.result).copy_(y)
+
+        self.submit(multiply)
 
 
 class _Call:
@@ -185,9 +191,35 @@ class _Call:
         setattr(getattr(self._values, outer), inner, value)
 
     def launch(self, grid: Sequence[int], stream: int) -> None:
-        """Run it to its end."""
-        self._kernel.launch(grid, [self._launch.threads], self._launch.shared_bytes, bytes(self._values),
-                            ranges=self._plan.ranges(), seed=self._plan.next_seed(), races=self._plan.races)
+        """Run it to its end, when its turn comes."""
+        parameters = bytes(self._values)
+        self._plan.submit(lambda: self._kernel.launch(
+            grid, [self._launch.threads], self._launch.shared_bytes, parameters, ranges=self._plan.ranges(),
+            seed=self._plan.next_seed(), races=self._plan.races))
+
+
+def late_parts(engine: Engine, launch: Callable[[Callable[[], object]], None], *, num_blocks: int) -> dict[str, Any]:
+    """What `CudaExecutor` makes of an engine, over simulated memory; launches are handed over, to be run later."""
+    memory = _Memory(engine, num_blocks, PROCESSORS, engine.limits.max_num_tokens)
+
+    def plan(*_: Any, stretches: bool, ranks: None) -> _LatePlan:
+        return _LatePlan(engine, memory, launch, stretches=stretches)
+
+    return {**dict.fromkeys(("Weights", "Caches", "Activations"), lambda *_: memory), "Plan": plan}
+
+
+class _LatePlan(_SimulatedPlan):
+    """Launches with the arguments that they have now, at some later time. They may touch any memory."""
+
+    def __init__(self, engine: Engine, memory: _Memory, launch: Callable[[Callable[[], object]], None], *,
+                 stretches: bool) -> None:
+        super().__init__(engine, memory, PROCESSORS, torch.zeros(1), stretches=stretches, seed=0, races=True,
+                         ranks=None)
+        self.submit = launch
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Anywhere."""
+        return []
 
 
 def _functions(engine: Engine) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -196,7 +228,7 @@ def _functions(engine: Engine) -> Iterator[tuple[tuple[str, ...], tuple[str, ...
     layouts = {entry["name"]: entry["layout"] for entry in engine.manifest["weights"]}
     stretches = (stretch for stretches_of in (decode_stretches, prefill_stretches, rank_prefill_stretches)
                  for stretch in stretches_of(engine.program, plan.target, layouts))
-    for source in (*plan.sources, *(stretch.source for stretch in stretches)):
+    for source in (*plan.sources, *step_sources(engine.program).values(), *(stretch.source for stretch in stretches)):
         if isinstance(source, GpuSource):
             yield source.headers, source.functions
 
