@@ -63,11 +63,12 @@ def test_products(rows: int, inputs: int, tokens: int, kind: str, dtype: str) ->
     bias, residual = (aligned(random.standard_normal(shape).astype(np.float32)) for shape in (rows, (tokens, rows)))
     ranges = [(each.ctypes.data, each.nbytes) for each in (packed, x, ordered, x_scales, y, bias, residual)]
     operand = struct.pack("QQi4x", ordered.ctypes.data, x_scales.ctypes.data, tokens)
-    kernels[rounding].launch((tokens, 1, 1), [128], 0, struct.pack("Q", x.ctypes.data) + operand, ranges=ranges)
+    kernels[rounding].launch((tokens, 1, 1), [128], 0, struct.pack("Q", x.ctypes.data) + operand, ranges=ranges,
+                             races=True)
     given = struct.pack("QQ", packed.ctypes.data, packed.ctypes.data + units.Shape(weight).bytes) + operand
     to = [y.ctypes.data, bias.ctypes.data, residual.ctypes.data] if kind == "results" else [y.ctypes.data]
     given += struct.pack(f"{len(to)}Q", *to) + (struct.pack("i4x", tokens) if kind == "results" else b"")
-    kernels[product].launch((3, 1, 1), [THREADS], SHARED_BYTES, given, ranges=ranges, seed=tokens)
+    kernels[product].launch((3, 1, 1), [THREADS], SHARED_BYTES, given, ranges=ranges, seed=tokens, races=True)
 
     wanted = round_to_float8(x[:, :inputs]).astype(np.float64) @ (codes.astype(np.float64) * scales.astype(float)).T
     if kind == "results":
