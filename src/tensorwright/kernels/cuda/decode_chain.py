@@ -2,15 +2,18 @@
 projection with residual, gate and up with their product, down with residual.
 
 It is a stretch. Activations are 16-bit and in the order that the next linear reads; the residual stream is float32, and
-each norm's division comes after the product, by the sum of squares that the epilogue before it left.
+each norm's division comes after the product, by the sum of squares that the epilogue before it left. From 8 sequences
+on, linears are those of decode_wgmma.py where they take all of the program's shapes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tensorwright.kernels.cuda import units
 from tensorwright.kernels.cuda.attention import decode_attention_launch
+from tensorwright.kernels.cuda.decode_wgmma import WgmmaTile, wgmma_linear, wgmma_tile
 from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
 from tensorwright.kernels.cuda.elementwise import NATIVE_TYPES
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, Size, Stretch
@@ -47,12 +50,30 @@ class _Chain:
     @property
     def order(self) -> str:
         """The C++ type of their order."""
-        return f"tw::InputOrder<{self.tokens}>"
+        return f"tw::{'CoreOrder' if self.tiles else 'InputOrder'}<{self.tokens}>"
 
-    @property
-    def partial_sums(self) -> int:
-        """Of squares, that an output projection leaves: one for a row tile, or for a block of eight."""
-        return self.shapes.hidden // (units.UNIT_ROWS if self.tokens in SMALL else BLOCK_ROWS)
+    @cached_property
+    def linears(self) -> tuple[Op, ...]:
+        """A layer's four, and the lm_head."""
+        return tuple(op for op in (*self.decoder.layers[0], self.program.ops[-1]) if op.kind == "linear")
+
+    @cached_property
+    def tiles(self) -> dict[Weight, WgmmaTile]:
+        """How wgmma_linear takes each weight; none: it does not take all of them."""
+        weights = [replace(program_weight(op, self.program), name="", parts=()) for op in self.linears]
+        found = {} if self.tokens in SMALL else {
+            weight: wgmma_tile(weight, self.tokens, self.target) for weight in weights}
+        return {weight: tile for weight, tile in found.items() if tile is not None} if all(found.values()) else {}
+
+    def tile(self, op: Op) -> WgmmaTile | None:
+        """How wgmma_linear takes the op's weight."""
+        return self.tiles.get(replace(program_weight(op, self.program), name="", parts=()))
+
+    def partial_sums(self, squares: str) -> int:
+        """Of squares, that the output projection (`squares_mlp`) or another one leaves: one for a block of rows."""
+        tile = self.tile(self.linears[1 if squares == "squares_mlp" else 3])
+        rows = units.UNIT_ROWS if self.tokens in SMALL else BLOCK_ROWS if tile is None else tile.rows
+        return self.shapes.hidden // rows
 
 
 def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
@@ -64,11 +85,11 @@ def chain_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
 
 
 def _fits(chain: _Chain) -> bool:
-    shapes = [program_weight(op, chain.program).shape for op in (*chain.decoder.layers[0], chain.program.ops[-1])
-              if op.kind == "linear"]
+    shapes = [program_weight(op, chain.program).shape for op in chain.linears]
     return (all(rows % BLOCK_ROWS == 0 and inputs % units.UNIT_INPUTS == 0 for rows, inputs in shapes)
             and (chain.tokens in SMALL or all(_steps(shape) >= MOST_PROCESSORS for shape in shapes))
-            and chain.partial_sums >= WARPS and chain.shapes.heads // chain.shapes.kv_heads <= 8)
+            and min(map(chain.partial_sums, ("squares", "squares_mlp"))) >= WARPS
+            and chain.shapes.heads // chain.shapes.kv_heads <= 8)
 
 
 def _steps(shape: tuple[int, ...]) -> int:
@@ -84,17 +105,18 @@ def _source(chain: _Chain) -> GpuSource | None:
     angles = ("batch.token_ids", "batch.positions", f"named.{embedding.weights['table']}",
               f"named.{first[1].weights['inverse_frequencies']}", "scratch.rotation")
     launches: list[Launch | None] = [Launch(
-        f"tw::embed<{chain.number}, {chain.order}, {tokens}, {s.hidden}, {chain.partial_sums}>",
+        f"tw::embed<{chain.number}, {chain.order}, {tokens}, {s.hidden}, {chain.partial_sums('squares')}>",
         (Size(times=tokens), Size(), Size()), arguments=(angles, _residual(norms[0], "")))]
     for ops, next_norm in zip(chain.decoder.layers, norms[1:], strict=True):
         launches += _layer(chain, ops, next_norm)
     logits = ("named." + lm_head.outputs[0], "", "", "sizes.outputs")
-    rows = program_weight(lm_head, program).shape[0]
-    launches.append(_linear(chain, lm_head, "x", f"tw::Rows<tw::InOrder, {rows}>", logits, "squares"))
+    rows = f"tw::Rows<tw::InOrder, {program_weight(lm_head, program).shape[0]}>"
+    launches.append(_linear(chain, lm_head, "x", f"tw::EachToken<{rows}>" if chain.tiles else rows, logits, "squares"))
     whole = tuple(launch for launch in launches if launch is not None)
     if len(whole) < len(launches):
         return None
-    return GpuSource(("decode_chain.cuh",), "", whole, scratch=tuple(_scratch(chain).items()),
+    headers = ("decode_chain.cuh", *(["linear_wgmma.cuh"] if chain.tiles else []))
+    return GpuSource(headers, "", whole, scratch=tuple(_scratch(chain).items()),
                      zeros=(("arrivals", 1 << 14), ("attention_arrivals", tokens * s.kv_heads * 4)))
 
 
@@ -104,11 +126,15 @@ def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | 
     cache = f"named.{rope.outputs[1]}"
     added = f"tw::Residual<{number}, {tokens}, {s.hidden}>"
     turned = f"tw::RopeAndCache<{number}, {tokens}, {s.heads}, {s.kv_heads}, {s.block_size}>"
+    gated = f"tw::Gated<{number}, {tokens}>"
+    if chain.tiles:
+        added, gated = added.replace("Residual", "ResidualBlock"), gated.replace("Gated", "GatedBlock")
+        turned = f"tw::RopeAndCacheBlock<{number}, {s.heads}, {s.kv_heads}, {s.block_size}>"
     return [
         _linear(chain, qkv, "x", turned, ("scratch.q", cache, "batch.slots", "scratch.rotation"), "squares"),
         _attention(chain, attention, cache),
         _linear(chain, dense, "attended", added, _residual(fc_gate.weights["norm"], "_mlp"), ""),
-        _linear(chain, fc_gate, "x_mlp", f"tw::Gated<{number}, {tokens}>", ("scratch.gated",), "squares_mlp"),
+        _linear(chain, fc_gate, "x_mlp", gated, ("scratch.gated",), "squares_mlp"),
         _linear(chain, proj, "gated", added, _residual(next_norm, ""), "")]
 
 
@@ -127,7 +153,9 @@ def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argum
     epsilon = float(op.attributes["norm_epsilon"]) if squares else 0.0
     scales = f"{name}+{shape.bytes}" if shape.has_row_scales else ""
     given: tuple[Argument, ...] = (name, f"scratch.{x}", f"scratch.{squares}" if squares else "", scales, epsilon)
-    sums = chain.partial_sums if squares else 0
+    sums = chain.partial_sums(squares) if squares else 0
+    if (tile := chain.tile(op)) is not None:
+        return wgmma_linear(tile, sums, output_type, (given, output, ("scratch.parts", "zeros.arrivals")))
     if chain.tokens in SMALL:
         tactics = Linear().tactics(op, chain.program, chain.target)
         tactic = next((t for t in tactics if t.parameters.get("tokens") == chain.tokens), None)
@@ -170,6 +198,7 @@ def _scratch(chain: _Chain) -> dict[str, Size]:
     s, tokens, group = chain.shapes, chain.tokens, chain.shapes.heads // chain.shapes.kv_heads
     sums = tokens * s.hidden // units.UNIT_ROWS * 4
     parts = 2 * 2 * WARPS * (tokens // 8) * 32 * 16  # for each processor: two of each block, of which it has up to two
+    parts = max((tile.part_bytes for tile in chain.tiles.values()), default=parts)
     sizes = {"stream": tokens * s.hidden * 4, "x": tokens * s.hidden * 2, "x_mlp": tokens * s.hidden * 2,
              "squares": sums, "squares_mlp": sums, "q": tokens * s.heads * HEAD * 2,
              "attended": tokens * s.heads * HEAD * 2, "gated": tokens * s.ffn * 2, "rotation": tokens * (HEAD // 2) * 8,
