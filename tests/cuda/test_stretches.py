@@ -22,7 +22,7 @@ pytest.importorskip("cuda.bindings.driver", reason="needs the package cuda-bindi
 TARGET = resolve_target("sm_90")
 BUCKETS, PROCESSORS, BLOCK = (1, 2, 4, 8, 16, 32, 64), 132, 64
 WINDOW = 4096  # what a Mistral's config.json means that says nothing of a window
-FUSED = ["decode_1_on_132", "decode_2_on_132", *(f"decode_{bucket}" for bucket in BUCKETS[2:])]
+FUSED = [f"decode_{bucket}" if bucket == 4 else f"decode_{bucket}_on_132" for bucket in BUCKETS]
 
 
 def stretches_of(fields: dict[str, Any], without: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], int]:

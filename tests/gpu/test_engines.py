@@ -57,9 +57,9 @@ def test_a_recorded_step_gives_the_bits_of_a_launched_one(engine_dir: Path) -> N
 
 
 @pytest.mark.parametrize(("dtype", "flags", "stretches"), [
-    ("float16", INT4, 10), ("bfloat16", INT4, 10), ("bfloat16", ("--use_weight_only",), 10),
-    ("float16", ("--use_weight_only",), 10), ("float16", ("--use_fp8_rowwise", "--quantize_lm_head"), 11),
-    ("bfloat16", (), 10)])
+    ("float16", INT4, 14), ("bfloat16", INT4, 14), ("bfloat16", ("--use_weight_only",), 14),
+    ("float16", ("--use_weight_only",), 14), ("float16", ("--use_fp8_rowwise", "--quantize_lm_head"), 15),
+    ("bfloat16", (), 14)])
 def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, flags: tuple[str, ...], stretches: int,
                                              tmp_path: Path) -> None:
     """Steps of up to 64 sequences in fewer launches against the same steps op by op: logits, then caches."""

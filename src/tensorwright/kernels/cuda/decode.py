@@ -64,7 +64,7 @@ def _source(program: Program, target: Target, layers: tuple[tuple[Op, ...], ...]
                  ("stream_out", Size(times=tokens * s.hidden * 4))),
         zeros=(("step", 256), ("arrivals", tokens * s.kv_heads * 4),
                *((name, count * tokens * 8) for name, count in words.items())),
-        tables=(("layers", tuple(pointer for ops in layers for pointer in _pointers(ops))),))
+        tables=(("layers", tuple(pointer for ops in layers for pointer in layer_pointers(ops))),))
 
 
 def _layers_launch(program: Program, layers: tuple[tuple[Op, ...], ...], target: Target, s: Shapes, tokens: int,
@@ -100,7 +100,7 @@ def _lm_head(program: Program, tactic: Tactic, s: Shapes, tokens: int) -> Launch
     return small_linear(op, program, tactic, given, (f"named.{op.outputs[0]}", "", "", "sizes.outputs"), s.hidden // 16)
 
 
-def _pointers(ops: tuple[Op, ...]) -> tuple[str, ...]:
+def layer_pointers(ops: tuple[Op, ...]) -> tuple[str, ...]:
     """tw::LayerPointers of a layer."""
     qkv, rope, _, dense, fc_gate, proj = ops
     weights = [op.weights["weight"] for op in (qkv, dense, fc_gate, proj)]

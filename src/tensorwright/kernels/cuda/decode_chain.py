@@ -99,14 +99,10 @@ def _steps(shape: tuple[int, ...]) -> int:
 
 def _source(chain: _Chain) -> GpuSource | None:
     s, tokens, program = chain.shapes, chain.tokens, chain.program
-    embedding, lm_head = program.ops[0], program.ops[-1]
+    lm_head = program.ops[-1]
     norms = [*(ops[0].weights["norm"] for ops in chain.decoder.layers), lm_head.weights["norm"]]
-    first = chain.decoder.layers[0]
-    angles = ("batch.token_ids", "batch.positions", f"named.{embedding.weights['table']}",
-              f"named.{first[1].weights['inverse_frequencies']}", "scratch.rotation")
-    launches: list[Launch | None] = [Launch(
-        f"tw::embed<{chain.number}, {chain.order}, {tokens}, {s.hidden}, {chain.partial_sums('squares')}>",
-        (Size(times=tokens), Size(), Size()), arguments=(angles, _residual(norms[0], "")))]
+    launches: list[Launch | None] = [
+        embed_launch(chain.decoder, program, chain.order, tokens, chain.partial_sums("squares"))]
     for ops, next_norm in zip(chain.decoder.layers, norms[1:], strict=True):
         launches += _layer(chain, ops, next_norm)
     logits = ("named." + lm_head.outputs[0], "", "", "sizes.outputs")
@@ -118,6 +114,15 @@ def _source(chain: _Chain) -> GpuSource | None:
     headers = ("decode_chain.cuh", *(["linear_wgmma.cuh"] if chain.tiles else []))
     return GpuSource(headers, "", whole, scratch=tuple(_scratch(chain).items()),
                      zeros=(("arrivals", 1 << 14), ("attention_arrivals", tokens * s.kv_heads * 4)))
+
+
+def embed_launch(decoder: Decoder, program: Program, order: str, tokens: int, partial_sums: int) -> Launch:
+    """From token ids to the stream, the first layer's input in that order, its sums of squares, and the angles."""
+    embedding, first, s = program.ops[0], decoder.layers[0], decoder.shapes
+    angles = ("batch.token_ids", "batch.positions", f"named.{embedding.weights['table']}",
+              f"named.{first[1].weights['inverse_frequencies']}", "scratch.rotation")
+    return Launch(f"tw::embed<{NATIVE_TYPES[s.number]}, {order}, {tokens}, {s.hidden}, {partial_sums}>",
+                  (Size(times=tokens), Size(), Size()), arguments=(angles, _residual(first[0].weights["norm"], "")))
 
 
 def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | None]:
@@ -149,10 +154,7 @@ def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argum
             squares: str) -> Launch | None:
     """`squares`: the sums that norm the input; "": it is not normed. None: it does not fit into shared memory."""
     weight = program_weight(op, chain.program)
-    shape, name = units.Shape(weight), f"named.{weight.name}"
-    epsilon = float(op.attributes["norm_epsilon"]) if squares else 0.0
-    scales = f"{name}+{shape.bytes}" if shape.has_row_scales else ""
-    given: tuple[Argument, ...] = (name, f"scratch.{x}", f"scratch.{squares}" if squares else "", scales, epsilon)
+    shape, given = units.Shape(weight), linear_input(op, chain.program, x, squares)
     sums = chain.partial_sums(squares) if squares else 0
     if (tile := chain.tile(op)) is not None:
         return wgmma_linear(tile, sums, output_type, (given, output, ("scratch.parts", "zeros.arrivals")))
@@ -171,6 +173,15 @@ def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argum
                 f"1, {stages}, {X_STAGES}, {sums}, {per_processor}, {output_type}>")
     return Launch(function, (Size("processors", times=per_processor), Size(), Size()), 32 * (WARPS + 1),
                   _shared_bytes(shape, chain.tokens, stages), (given, output, ("scratch.parts", "zeros.arrivals")))
+
+
+def linear_input(op: Op, program: Program, x: str, squares: str) -> tuple[Argument, ...]:
+    """tw::LinearInput, over scratch memory of these names."""
+    weight = program_weight(op, program)
+    shape, name = units.Shape(weight), f"named.{weight.name}"
+    epsilon = float(op.attributes["norm_epsilon"]) if squares else 0.0
+    scales = f"{name}+{shape.bytes}" if shape.has_row_scales else ""
+    return name, f"scratch.{x}", f"scratch.{squares}" if squares else "", scales, epsilon
 
 
 def _stages(shape: units.Shape, chain: _Chain, per_processor: int) -> int | None:

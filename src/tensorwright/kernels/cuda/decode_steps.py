@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tensorwright.kernels.cuda.decode import layer_stretches
+from tensorwright.kernels.cuda.decode_batch import batch_stretches
 from tensorwright.kernels.cuda.decode_chain import chain_stretches
 from tensorwright.kernels.cuda.decode_ranks import rank_stretches
 from tensorwright.kernels.cuda.decoder import recognise
@@ -18,4 +19,5 @@ def decode_stretches(program: Program, target: Target, layouts: Mapping[str, str
     decoder = recognise(program, layouts)
     if decoder is None:
         return rank_stretches(program, target, layouts)
-    return (*layer_stretches(decoder, program, target), *chain_stretches(decoder, program, target))
+    return (*layer_stretches(decoder, program, target), *batch_stretches(decoder, program, target),
+            *chain_stretches(decoder, program, target))

@@ -38,9 +38,14 @@ class WgmmaTile:
         return self.warpgroups * self.row_tiles * 64
 
     @property
+    def block_steps(self) -> int:
+        """Of a block of rows."""
+        return self.weight.shape[1] // units.UNIT_INPUTS // self.step_units
+
+    @property
     def steps(self) -> int:
-        """Dealt out to the blocks: each must have one, or the last sum is never made."""
-        return self.weight.shape[0] // self.rows * (self.weight.shape[1] // units.UNIT_INPUTS // self.step_units)
+        """Dealt out to the processors: each must have one, or the last sum is never made."""
+        return self.weight.shape[0] // self.rows * self.block_steps
 
     @property
     def stage_bytes(self) -> int:
@@ -59,21 +64,25 @@ class WgmmaTile:
         return 2 * self.rows * self.tokens * 4
 
     @property
-    def fits(self) -> bool:
-        """Whether whole steps cover the weight, and there are enough of them."""
+    def is_whole(self) -> bool:
+        """Whether whole steps cover the weight."""
         rows, inputs = self.weight.shape
-        return (rows % self.rows == 0 and inputs % (units.UNIT_INPUTS * self.step_units) == 0
-                and (self.row_tiles == 1 or rows >= MANY_ROWS)
-                and self.steps >= MOST_PROCESSORS and self.stages >= (2 if self.step_units == 1 else 3))
+        return rows % self.rows == 0 and inputs % (units.UNIT_INPUTS * self.step_units) == 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether wgmma_linear takes the weight so, whatever the number of steps."""
+        return (self.is_whole and (self.row_tiles == 1 or self.weight.shape[0] >= MANY_ROWS)
+                and self.stages >= (2 if self.step_units == 1 else 3))
 
 
-def wgmma_tile(weight: Weight, tokens: int, target: Target) -> WgmmaTile | None:
-    """The best way to cut the weight; None: the kernel does not take it."""
+def wgmma_tile(weight: Weight, tokens: int, target: Target, processors: int = MOST_PROCESSORS) -> WgmmaTile | None:
+    """The best way to cut the weight for up to so many processors; None: the kernel does not take it."""
     if target.name != TARGET:
         return None
     shapes = next(shapes for most, shapes in TILES.items() if tokens <= most)
     tiles = (WgmmaTile(weight, tokens, *shape) for shape in shapes)
-    return next((tile for tile in tiles if tile.fits), None)
+    return next((tile for tile in tiles if tile.fits and tile.steps >= processors), None)
 
 
 def wgmma_linear(tile: WgmmaTile, partial_sums: int, output_type: str, arguments: Arguments) -> Launch:

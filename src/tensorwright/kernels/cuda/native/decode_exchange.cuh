@@ -48,6 +48,13 @@ __device__ inline uint4 poll_words(const u64* from, u32 epoch) {
   return v;
 }
 
+// After everything that reads the count: what blocks wait for in the next step differs from this one's.
+__global__ void __launch_bounds__(1) count_step(u32* step) {
+  launch_next_kernel();
+  wait_for_previous_kernel();
+  ++*step;
+}
+
 template <class Weights, int TOKENS, int HIDDEN, int HEADS, int KV_HEADS, int FFN, int BLOCK_SIZE, int SLOTS, int WARPS, int BLOCKS>
 struct Layers {
   using Type = typename Weights::Number;

@@ -390,11 +390,4 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
   launch_next_kernel();
 }
 
-// After everything that reads the count: the next step's words differ from this one's.
-__global__ void __launch_bounds__(1) count_step(u32* step) {
-  launch_next_kernel();
-  wait_for_previous_kernel();
-  ++*step;
-}
-
 }  // namespace tw

@@ -43,7 +43,7 @@ template <class Weights, int N, int WARPGROUPS, int TILES, int UNITS, int STAGES
   static constexpr int STAGE_BYTES = WEIGHT_BYTES + UNITS * CHUNK_BYTES;
   // Registers of a thread at launch, and what the multiplying warps may take when the copying ones leave theirs.
   static constexpr int AT_LAUNCH = 65536 / THREADS / 8 * 8;
-  static constexpr int COPYING = 40, MOST = (AT_LAUNCH * (WARPGROUPS + 1) - COPYING) / WARPGROUPS / 8 * 8;
+  static constexpr int COPYING = 56, MOST = (AT_LAUNCH * (WARPGROUPS + 1) - COPYING) / WARPGROUPS / 8 * 8;
   static constexpr int MULTIPLYING = MOST < 240 ? MOST : 240;
 };
 
