@@ -151,7 +151,8 @@ class Lowering:
             raise ValueError(f"modifiers {modifiers} of {base}")
         sizes = [size] * len(operands)
         if modifiers == ["wide"]:
-            sizes = [2 * size if size == 4 else 4, size, size, 2 * size if size == 4 else 4][:len(operands)]
+            double = 4 if types[0].endswith("16") else 8
+            sizes = [double, size, size, double][:len(operands)]
         if base in ("shl", "shr", "bfe"):
             sizes[2:] = [4] * len(sizes[2:])
         if base == "bfi":
