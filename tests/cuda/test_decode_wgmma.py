@@ -95,7 +95,7 @@ def test_all_layers_in_one_kernel_leave_what_their_ops_leave(
     from tensorwright.testing.simulator.executor import SimulatedExecutor
 
     monkeypatch.setitem(targets.PROCESSORS, "sm_90", processors)  # type: ignore[arg-type]  # a dict
-    model = TinyModel("mistral", hidden_size=512, num_heads=4, num_kv_heads=2, head_size=128, intermediate_size=512,
+    model = TinyModel("mistral", hidden_size=512, num_heads=4, num_kv_heads=2, head_size=128, intermediate_size=640,
                       vocab_size=2048)
     engine = Engine.open(build_dummy(model, tmp_path, dtype, flags, target="sm_90", tokens_per_block=16,
                                      max_seq_len=512, max_num_tokens=256))

@@ -6,6 +6,7 @@ It is a stretch: another way to run the whole program, over the weights as their
 from __future__ import annotations
 
 from tensorwright.kernels.cuda import units
+from tensorwright.kernels.cuda.attention import LOG2E
 from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
 from tensorwright.kernels.cuda.launch import GpuSource, Launch, Size, Stretch
 from tensorwright.kernels.cuda.linear import Linear, native_weights, small_linear
@@ -16,7 +17,6 @@ from tensorwright.program.program import Op, Program
 WARPS, STAGE_CODES, MAX_LAYERS, KEY_CHUNK = 12, 4096, 48, 256  # of native/decode_layers.cuh; bytes of a stage
 STATIC_SHARED = 8 << 10  # barriers, pointers, keys and what else the kernel declares
 MOST_SLOTS = {1: 43, 2: 28}  # stages on their way, by sequences: more gain nothing
-LOG2E = 1.4426950408889634
 
 
 def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tensorwright.kernels.cuda.decode import LOG2E, MAX_LAYERS, layer_pointers
+from tensorwright.kernels.cuda.attention import LOG2E
+from tensorwright.kernels.cuda.decode import MAX_LAYERS, layer_pointers
 from tensorwright.kernels.cuda.decode_chain import BATCHED, embed_launch, linear_input, program_weight
 from tensorwright.kernels.cuda.decode_wgmma import TARGET, WgmmaTile, wgmma_linear, wgmma_tile
 from tensorwright.kernels.cuda.decoder import HEAD, Decoder, Shapes
