@@ -38,7 +38,7 @@ struct Batch {
   }
 
   struct Shared {
-    u64 filled[STAGES], emptied[STAGES], norm_ready;
+    u64 filled[STAGES], emptied[STAGES], norm_ready, norm_used;
     alignas(16) float inverse_rms[N];
     float squares[OWN_TILES][N];
     typename Attention::Plan plan;
@@ -84,6 +84,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
       barrier_init(&shared.emptied[s], WARPS);
     }
     barrier_init(&shared.norm_ready, 1);
+    barrier_init(&shared.norm_used, WARPS);
     barriers_ready();
   }
   __syncthreads();
@@ -125,6 +126,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
         }
     } else {
       begin_step();
+      int norms = 0;
       for (int layer = 0; layer < input.num_layers; layer++)
         for (int linear = QKV; linear <= DOWN; linear++) {
           const Cut<BLOCKS> cut = B::cut(linear);
@@ -142,6 +144,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
             __syncwarp();
             if (step + 1 != at_once) continue;
             if (linear == QKV || linear == GATE_UP) {
+              if (norms++ > 0) barrier_wait(&shared.norm_used, norms % 2);
               make_norms<N, BLOCKS>(linear == QKV ? input.square_sums : input.square_sums_mlp, 1.f / HIDDEN, input.epsilon, shared.inverse_rms);
               if (lane == 0) barrier_arrive(&shared.norm_ready);
             }
@@ -300,6 +303,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
                                                      is_down ? input.square_sums : input.square_sums_mlp});
         }
         if (threadIdx.x == 0) arrive_at(done(layer, linear));
+        if (lane == 0 && (linear == QKV || linear == GATE_UP)) barrier_arrive(&shared.norm_used);
         if (linear != QKV) continue;
 
         if (lane == 0) wait_for(done(layer, QKV), arrivals);
