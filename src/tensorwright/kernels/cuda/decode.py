@@ -24,9 +24,10 @@ def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple
     processors = PROCESSORS.get(target.name)
     if processors is None or len(decoder.layers) > MAX_LAYERS:
         return ()
-    sources = {tokens: _source(program, target, decoder.layers, decoder.shapes, tokens, processors)
+    sources = {tokens: _source(program, target, decoder, tokens, processors)
                for tokens in MOST_SLOTS if _fits(decoder.shapes, tokens, processors)}
-    return tuple(Stretch(0, len(program.ops), tokens, processors, source, decoder.window)
+    limit = 0 if decoder.has_one_window else decoder.window
+    return tuple(Stretch(0, len(program.ops), tokens, processors, source, limit)
                  for tokens, source in sources.items() if source is not None)
 
 
@@ -45,9 +46,8 @@ def _fits(shapes: Shapes, tokens: int, processors: int) -> bool:
             and WARPS * group * HEAD * 4 <= widest * tokens * 2)
 
 
-def _source(program: Program, target: Target, layers: tuple[tuple[Op, ...], ...], s: Shapes, tokens: int,
-            processors: int) -> GpuSource | None:
-    lm_head = program.ops[-1]
+def _source(program: Program, target: Target, decoder: Decoder, tokens: int, processors: int) -> GpuSource | None:
+    lm_head, layers, s = program.ops[-1], decoder.layers, decoder.shapes
     tactic = next((t for t in Linear().tactics(lm_head, program, target) if t.parameters.get("tokens") == tokens), None)
     if tactic is None:
         return None
@@ -55,7 +55,7 @@ def _source(program: Program, target: Target, layers: tuple[tuple[Op, ...], ...]
     words = {"x": s.hidden // 2, "q": s.heads * 64, "kv": 2 * s.kv_heads * 64, "attended": s.heads * 64,
              "x_mlp": s.hidden // 2, "gated": s.ffn // 2, "square_sums": s.hidden // 16,
              "square_sums_mlp": s.hidden // 16}
-    launches = (_layers_launch(program, layers, target, s, tokens, processors), _lm_head(program, tactic, s, tokens),
+    launches = (_layers_launch(program, decoder, target, tokens, processors), _lm_head(program, tactic, s, tokens),
                 Launch("tw::count_step", threads=1, arguments=("zeros.step",)))
     return GpuSource(
         ("decode_layers.cuh", "linear.cuh"), "", launches,
@@ -67,8 +67,8 @@ def _source(program: Program, target: Target, layers: tuple[tuple[Op, ...], ...]
         tables=(("layers", tuple(pointer for ops in layers for pointer in layer_pointers(ops))),))
 
 
-def _layers_launch(program: Program, layers: tuple[tuple[Op, ...], ...], target: Target, s: Shapes, tokens: int,
-                   processors: int) -> Launch:
+def _layers_launch(program: Program, decoder: Decoder, target: Target, tokens: int, processors: int) -> Launch:
+    layers, s = decoder.layers, decoder.shapes
     widest = max(s.ffn, s.hidden)
     linears = (((s.heads + 2 * s.kv_heads) * HEAD, s.hidden), (s.hidden, s.heads * HEAD), (2 * s.ffn, s.hidden),
                (s.hidden, s.ffn))
@@ -86,7 +86,8 @@ def _layers_launch(program: Program, layers: tuple[tuple[Op, ...], ...], target:
         f"named.{first[1].weights['inverse_frequencies']}", "zeros.step", "zeros.x", "zeros.q", "zeros.kv",
         "zeros.attended", "zeros.x_mlp", "zeros.gated", "zeros.square_sums", "zeros.square_sums_mlp", "scratch.parts",
         "zeros.arrivals", "scratch.x_out", "scratch.squares_out", "scratch.stream_out", len(layers),
-        "sizes.table_width", float(first[0].attributes["norm_epsilon"]), float(first[2].attributes["scale"] * LOG2E))
+        "sizes.table_width", decoder.window if decoder.has_one_window else 0,
+        float(first[0].attributes["norm_epsilon"]), float(first[2].attributes["scale"] * LOG2E))
     return Launch(f"tw::decode_layers<{', '.join(map(str, shape))}>", (Size(times=processors), Size(), Size()),
                   32 * WARPS, slots * stage_bytes + fixed, (arguments,))
 

@@ -29,12 +29,14 @@ class Shapes:
 class Decoder:
     """The ops of each layer, between an embedding and gathered rows with an lm_head.
 
-    window: the smallest of any layer, which sequences of so many tokens do not notice yet; 0: none.
+    window: the smallest of any layer, which sequences of so many tokens do not notice yet; 0: none. has_one_window:
+    all layers have this one.
     """
 
     layers: tuple[tuple[Op, ...], ...]
     shapes: Shapes
     window: int
+    has_one_window: bool
 
 
 def recognise(program: Program, layouts: Mapping[str, str]) -> Decoder | None:
@@ -44,7 +46,8 @@ def recognise(program: Program, layouts: Mapping[str, str]) -> Decoder | None:
     if layers is None or shapes is None:
         return None
     windows = [int(attention.attributes["window"]) for _, _, attention, *_ in layers]
-    return Decoder(tuple(layers), shapes, min((window for window in windows if window > 0), default=0))
+    return Decoder(tuple(layers), shapes, min((window for window in windows if window > 0), default=0),
+                   len(set(windows)) == 1)
 
 
 def few_layers(program: Program, count: int) -> Program | None:

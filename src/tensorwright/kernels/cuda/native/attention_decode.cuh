@@ -46,19 +46,19 @@ template <class Type> struct AttentionTile {
         for (int h = 0; h < 2; h++) v[i][h] = *reinterpret_cast<const uint4*>(value + h * 64 + g * 8);
   }
 
-  // q: [ROWS][128] in shared memory. Keys from number `valid` on do not count.
-  template <int ROWS> __device__ void multiply(const Type* q, int valid, float scale, int lane) {
+  // q: [ROWS][128] in shared memory. Keys before number `first` and from number `valid` on do not count; some key must.
+  template <int ROWS> __device__ void multiply(const Type* q, int first, int valid, float scale, int lane) {
     const int g = lane / 4, t = lane % 4;
     float s[2][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       uint4 row = make_uint4(0, 0, 0, 0);
       if (g < ROWS) row = *reinterpret_cast<const uint4*>(q + g * 128 + i * 32 + t * 8);
-      const u32 first[4] = {row.x, 0, row.y, 0}, second[4] = {row.z, 0, row.w, 0};
+      const u32 lower[4] = {row.x, 0, row.y, 0}, upper[4] = {row.z, 0, row.w, 0};
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-        tw::multiply<Type>(s[n], first, k[n][i].x, k[n][i].y);
-        tw::multiply<Type>(s[n], second, k[n][i].z, k[n][i].w);
+        tw::multiply<Type>(s[n], lower, k[n][i].x, k[n][i].y);
+        tw::multiply<Type>(s[n], upper, k[n][i].z, k[n][i].w);
       }
     }
     float new_high = high;
@@ -66,7 +66,8 @@ template <class Type> struct AttentionTile {
     for (int n = 0; n < 2; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        s[n][i] = n * 8 + 2 * t + i < valid ? s[n][i] * scale : LOWEST;
+        const int key = n * 8 + 2 * t + i;
+        s[n][i] = key >= first && key < valid ? s[n][i] * scale : LOWEST;
         new_high = fmaxf(new_high, s[n][i]);
       }
     new_high = fmaxf(new_high, __shfl_xor_sync(~0u, new_high, 1));

@@ -90,7 +90,7 @@ template <class Type, int N, int HEADS, int KV_HEADS, int BLOCK_SIZE, int WARPS,
         const Type* keys = key(input, cache, item, at);
         tile.load(keys, keys + VALUES, lane);
       }
-      tile.template multiply<ROWS>(shared.q, item.end - at, input.scale, lane);
+      tile.template multiply<ROWS>(shared.q, 0, item.end - at, input.scale, lane);
     }
     tile.finish(lane);
     if (t == 0 && g < ROWS) shared.highest[warp][g] = tile.high, shared.totals[warp][g] = tile.total;

@@ -25,7 +25,7 @@ template <class Type> struct LayersInput {
   Type* x_out;                       // input order, for the lm_head
   float* square_sums_out;            // [HIDDEN / 16, tokens]
   float* stream_out;                 // [tokens, HIDDEN]
-  int num_layers, table_width;
+  int num_layers, table_width, window;  // window 0: none
   float epsilon, scale;
 };
 

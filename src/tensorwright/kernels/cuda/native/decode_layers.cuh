@@ -228,15 +228,17 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
   // This block's part of attention, the same in every layer: a chunk of the keys of one sequence for one kv head.
   const int pair = blockIdx.x % (TOKENS * KV_HEADS), chunk_index = blockIdx.x / (TOKENS * KV_HEADS), max_chunks = gridDim.x / (TOKENS * KV_HEADS);
   const int sequence = pair / KV_HEADS, kv_head = pair % KV_HEADS, length = input.lengths[sequence];
-  const int even = (length + max_chunks - 1) / max_chunks;
-  const int chunk = max(L::KEY_CHUNK, (even + L::KEY_CHUNK - 1) / L::KEY_CHUNK * L::KEY_CHUNK), chunks = (length + chunk - 1) / chunk;
-  const int first_key = chunk_index * chunk, end = chunk_index < max_chunks ? min(length, first_key + chunk) : 0, num_keys = max(0, end - first_key);
-  static_assert(L::KEY_CHUNK % BLOCK_SIZE == 0, "a chunk begins a block of the cache");
-  for (int i = threadIdx.x; i < min(L::TABLE, (num_keys + BLOCK_SIZE - 1) / BLOCK_SIZE); i += THREADS)
-    shared.table[i] = input.block_tables[sequence * input.table_width + first_key / BLOCK_SIZE + i];
+  const int first_seen = input.window > 0 ? max(0, length - input.window) : 0, first_tile = first_seen / 16 * 16;
+  const int even = (length - first_tile + max_chunks - 1) / max_chunks;
+  const int chunk = max(L::KEY_CHUNK, (even + L::KEY_CHUNK - 1) / L::KEY_CHUNK * L::KEY_CHUNK), chunks = (length - first_tile + chunk - 1) / chunk;
+  const int first_key = first_tile + chunk_index * chunk, end = chunk_index < max_chunks ? min(length, first_key + chunk) : 0, num_keys = max(0, end - first_key);
+  static_assert(BLOCK_SIZE % 16 == 0, "16 keys lie in one block of the cache");
+  const int first_block = first_key / BLOCK_SIZE;
+  for (int i = threadIdx.x; i < min(L::TABLE, (end + BLOCK_SIZE - 1) / BLOCK_SIZE - first_block); i += THREADS)
+    shared.table[i] = input.block_tables[sequence * input.table_width + first_block + i];
   __syncthreads();
   auto cache_row = [&](int layer, int key) {  // of its keys; the values are KV_HEADS * BLOCK_SIZE rows later
-    const int at = (key - first_key) / BLOCK_SIZE;
+    const int at = key / BLOCK_SIZE - first_block;
     const int block = at < L::TABLE ? shared.table[at] : input.block_tables[sequence * input.table_width + key / BLOCK_SIZE];
     return shared.layers[layer].cache + (((size_t)block * 2 * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * D;
   };
@@ -300,7 +302,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 1) decode_layers(const LayersIn
           }
           if (key < end) {
             tile.replace(length - 1 - key, shared.kv[0], shared.kv[1], lane);
-            tile.template multiply<ROWS>(&shared.q[0][0], end - key, input.scale, lane);
+            tile.template multiply<ROWS>(&shared.q[0][0], first_seen - key, end - key, input.scale, lane);
           }
         }
         tile.finish(lane);
