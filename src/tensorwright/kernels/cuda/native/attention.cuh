@@ -42,6 +42,7 @@ struct AttentionShape {
   static constexpr int NARROW_ROWS = 16, SEEN = WINDOW > 0 ? WINDOW : ENDLESS;
   using Items = AttentionItems<GROUP, KV_HEADS, WINDOW, ROWS>;
   using Ring = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, KEYS, SLOTS, THREADS>;
+  static constexpr bool IS_COPIED = is_same<Type, Input>;  // q needs no conversion
   static constexpr int QUERY_BYTES = ROWS * STRIDE * 2, SHARED_BYTES = QUERY_BYTES + Ring::BYTES;
   using OneSlot = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, 16, 2, LANES>;
   static constexpr int NARROW_BYTES = SHARED_BYTES / WARPS / 16 * 16, FITTING = 2 + (NARROW_BYTES - OneSlot::BYTES) / OneSlot::SLOT_BYTES;
@@ -75,15 +76,21 @@ template <class S> struct AttentionBlock {
     return {p.cache + head * S::D, p.scales + head, p.block_tables + (size_t)item.sequence * p.table_width, first, item.end, step};
   }
 
-  // Rows of q as Type into shared memory, those beyond the last as zeros.
-  __device__ void load_queries(Type* to, int count) const {
-    const int used = used_rows();
+  // A wide tile's rows of q as Type into shared memory; those beyond the last repeat it.
+  __device__ void load_queries(Type* to) const {
+    const int last = used_rows() - 1;
+    if constexpr (S::IS_COPIED) {
+      for (int i = threadIdx.x; i < S::ROWS * S::D / 8; i += S::THREADS) {
+        const int row = i / (S::D / 8), d = i % (S::D / 8) * 8;
+        copy_16_bytes(to + row * S::STRIDE + d, p.q + column(min(row, last)) + d);
+      }
+      end_copies();
+    } else {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < count * S::D / 4; i += S::THREADS) {
-      const int row = i / (S::D / 4), d = i % (S::D / 4) * 4;
-      float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (row < used) four = read_four(p.q + column(row) + d);
-      write_four(to + row * S::STRIDE + d, four);
+      for (int i = threadIdx.x; i < S::ROWS * S::D / 4; i += S::THREADS) {
+        const int row = i / (S::D / 4), d = i % (S::D / 4) * 4;
+        write_four(to + row * S::STRIDE + d, read_four(p.q + column(min(row, last)) + d));
+      }
     }
   }
   __device__ bool needs_mask(int base, int keys, int first, int last) const {
@@ -92,8 +99,9 @@ template <class S> struct AttentionBlock {
 
   __device__ void run_wide() {
     Type* queries = reinterpret_cast<Type*>(memory);
+    if (S::IS_COPIED) load_queries(queries);  // they are on their way, and come before the first tile
     typename S::Ring ring(memory + S::QUERY_BYTES, keys(item.begin, S::KEYS));
-    load_queries(queries, S::ROWS);
+    if (!S::IS_COPIED) load_queries(queries);
     RunningSoftmax<Type, S::D, S::ROW_TILES, S::KEYS / 8> sums;
     const int first_row = warp * 16 * S::ROW_TILES, g = lane / 4, t = lane % 4;
     const int first = position(first_row), last = position(first_row + 16 * S::ROW_TILES - 1);
@@ -138,8 +146,8 @@ template <class S> struct AttentionBlock {
       const typename S::Input* from = p.q + column(min(g + upper * 8, used - 1)) + 2 * t;
 #pragma unroll
       for (int i = 0; i < S::D / 16; i++) {
-        queries[i][upper] = pack<Type>(to_float(from[i * 16]), to_float(from[i * 16 + 1]));
-        queries[i][2 + upper] = pack<Type>(to_float(from[i * 16 + 8]), to_float(from[i * 16 + 9]));
+        const float2 first = read_two(from + i * 16), second = read_two(from + i * 16 + 8);
+        queries[i][upper] = pack<Type>(first.x, first.y), queries[i][2 + upper] = pack<Type>(second.x, second.y);
       }
     }
     for (int base = item.begin + warp * 16; base < item.end; base += 16 * S::WARPS) {

@@ -30,6 +30,8 @@ template <> __device__ inline float8 to_finite<float8>(float x) { return float8{
 
 template <class Type> constexpr bool is_int8 = false;
 template <> constexpr bool is_int8<signed char> = true;
+template <class A, class B> constexpr bool is_same = false;
+template <class A> constexpr bool is_same<A, A> = true;
 
 enum class Function { none, silu, gelu, gelu_tanh };
 
@@ -39,6 +41,10 @@ template <> __device__ inline float finite<float>(float x) { return x; }
 __device__ inline float to_float(signed char x) { return x; }
 
 // Neighbouring numbers of any type as float32, and the way back.
+__device__ inline float2 read_two(const float* from) { return *reinterpret_cast<const float2*>(from); }
+template <class Type> __device__ inline float2 read_two(const Type* from) {
+  return to_float(*reinterpret_cast<const typename Pair<Type>::type*>(from));
+}
 __device__ inline float4 read_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
 template <class Type> __device__ inline float4 read_four(const Type* from) {
   const uint2 four = *reinterpret_cast<const uint2*>(from);
