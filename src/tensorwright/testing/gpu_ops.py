@@ -6,8 +6,11 @@ It binds arguments by name as `runtime.cuda.plan` does. It knows no engine and n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tensorwright.kernels.cuda.compile import Module, compile_modules
 from tensorwright.kernels.cuda.driver import Call, Function, load_module
@@ -15,19 +18,19 @@ from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch
 from tensorwright.kernels.cuda.targets import can_overlap
 from tensorwright.kernels.interface import Target
 from tensorwright.runtime.batch import Batch
-from tensorwright.runtime.cuda.inputs import Sizes, sizes_of
+from tensorwright.runtime.cuda.inputs import sizes_of
 
 
 class GpuLaunches:
-    """A source's launches over tensors by name: "inputs.q", "outputs.y", "weights.norm", as its arguments say."""
+    """A source's launches over arrays by name: "inputs.q", "outputs.y", "weights.norm", as its arguments say."""
 
-    def __init__(self, source: GpuSource, target: Target, tensors: Mapping[str, torch.Tensor], batch: Batch, *,
-                 sizes: Sizes | None = None) -> None:
-        """`tensors`: on the GPU, without the batch's, which come from `batch`. Scratch memory is filled with NaN."""
+    def __init__(self, source: GpuSource, target: Target, arrays: Mapping[str, NDArray[Any]], batch: Batch) -> None:
+        """`arrays`: without the batch's, which come from `batch`. Scratch memory is filled with NaN."""
         torch.zeros(1, device="cuda")  # makes the context, which modules are loaded into
-        self._tensors = dict(tensors) | {
-            f"inputs.{name}": torch.from_numpy(array).cuda() for name, array in vars(batch).items()}
-        self.symbols = {**vars(sizes or sizes_of(batch)), "one": 1, "rows": batch.token_ids.shape[0],
+        self._dtypes = {name: array.dtype for name, array in arrays.items()}
+        self._tensors = {name: _on_device(array) for name, array in arrays.items()}
+        self._tensors |= {f"inputs.{name}": _on_device(array) for name, array in vars(batch).items()}
+        self.symbols = {**vars(sizes_of(batch)), "one": 1, "rows": batch.token_ids.shape[0],
                         "processors": torch.cuda.get_device_properties(0).multi_processor_count}
         for name, size in source.scratch:
             whole = -(-size.at(self.symbols) // 4)
@@ -42,6 +45,11 @@ class GpuLaunches:
         stream = torch.cuda.current_stream().cuda_stream
         for call, grid in self._calls:
             call.launch(grid, stream)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A copy of what is in an array now."""
+        tensor = self._tensors[name]
+        return np.asarray(tensor.cpu().numpy()).reshape(-1).view(self._dtypes[name]).reshape(tuple(tensor.shape))
 
     def _bind(self, launch: Launch, modules: tuple[Module, ...], overlap: bool) -> tuple[Call, list[int]]:
         module = next(module for module in modules if launch.function in module.functions)
@@ -60,6 +68,14 @@ class GpuLaunches:
         if kind == "sizes":
             return int(self.symbols[name])
         return int(self._tensors[argument].data_ptr()) if argument in self._tensors else 0
+
+
+def _on_device(array: NDArray[Any]) -> torch.Tensor:
+    """Numbers that torch does not take from NumPy, as integers of their size."""
+    whole = np.ascontiguousarray(array)
+    if whole.dtype.name in ("bfloat16", "float8_e4m3fn"):
+        whole = whole.view(np.int16 if whole.dtype.itemsize == 2 else np.uint8)
+    return torch.from_numpy(whole).cuda()
 
 
 def _kind(argument: Argument) -> str:
