@@ -48,7 +48,8 @@ def test_the_guides_line(model: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     (("--weight_only_precision", "int4"), None, -1, None),
     (("--use_fp8_rowwise", "--quantize_lm_head"), "FP8_PER_CHANNEL_PER_TOKEN", -1, None),
     (("--use_fp8", "--fp8_kv_cache", "--int8_kv_cache"), "FP8_PER_CHANNEL_PER_TOKEN", -1, "FP8"),
-    (("--use_fp8", "--use_weight_only"), "W8A16", -1, None), (("--fp8_kv_cache",), None, -1, "FP8"),
+    (("--quantize_lm_head",), None, -1, None), (("--use_fp8", "--use_weight_only"), "W8A16", -1, None),
+    (("--fp8_kv_cache",), None, -1, "FP8"),
 ])
 def test_flags_become_algorithms(model: Path, tmp_path: Path, words: tuple[str, ...], algorithm: str | None,
                                  group_size: int, kv_cache: str | None) -> None:
@@ -62,7 +63,7 @@ def test_flags_become_algorithms(model: Path, tmp_path: Path, words: tuple[str, 
     (("--use_qserve",), "--use_fp8_rowwise"), (("--pp_size", "2"), "--tp_size"),
     (("--use_weight_only", "--weight_only_precision", "int4_awq"), "int8 or int4"),
     (("--meta_ckpt_dir", "x"), "Hugging Face"), (("--quant_ckpt_path", "x"), "not supported"),
-    (("--moe_num_experts", "8"), "experts"), (("--quantize_lm_head",), "--use_weight_only"),
+    (("--moe_num_experts", "8"), "experts"),
     (("--tp_size", "3"), "do not divide"), (("--weight_only_precison", "int4"), "did you mean"),
     (("--group_size", "48"), "128"), (("--dtype", "fp8"), "float16"),
 ])

@@ -6,8 +6,12 @@ import re
 
 import pytest
 
+from tensorwright.builder.build import program_of
+from tensorwright.builder.plan import choose
+from tensorwright.checkpoint.config import CheckpointConfig, Quantization
 from tensorwright.engine.engine import Engine
 from tensorwright.kernels.cuda.compile import NATIVE_FOLDER, compile_modules
+from tensorwright.kernels.cuda.decode_steps import decode_stretches
 from tensorwright.kernels.cuda.launch import (
     RANKS,
     Argument,
@@ -18,13 +22,16 @@ from tensorwright.kernels.cuda.launch import (
     is_library_call,
     needs_peers,
 )
+from tensorwright.kernels.cuda.prefill_ranks import rank_prefill_stretches
 from tensorwright.kernels.cuda.ranks import ONE_SHOT_BYTES, AllGather, AllReduce
+from tensorwright.kernels.cuda.registry import KERNELS
 from tensorwright.kernels.cuda.targets import SHARED_BYTES, TARGET_NAMES, resolve_target
 from tensorwright.kernels.headers import inlined
+from tensorwright.models.families import from_huggingface
 from tensorwright.program.program import Buffer, Op, Program
 from tensorwright.testing.cubin import argument_sizes, parameter_sizes
 from tensorwright.testing.engines import build_dummy
-from tensorwright.testing.tiny import TinyModel
+from tensorwright.testing.tiny import TinyModel, config
 
 pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
@@ -87,6 +94,24 @@ def test_ranks_run_the_same_launches_in_the_same_order(engines: list[Engine]) ->
         sums = [launch for launch in launches if RANKS in flat(launch.arguments)]
         assert [number_of(launch) for launch in sums] == list(range(1, 2 * MODEL.num_layers + 1))
         assert (count.function, count.arguments) == ("tw::count_collectives", (RANKS, len(sums)))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_step_of_a_large_model_sums_in_few_launches(target: str) -> None:
+    """Two ranks of Mistral-Nemo's shape, 16-bit weights: all sums of its layers are parts of stretches."""
+    shape = TinyModel("mistral", hidden_size=5120, num_heads=32, num_kv_heads=8, head_size=128, num_layers=2,
+                      intermediate_size=14336, vocab_size=131072, dtype="float16")
+    model = from_huggingface(config(shape))
+    program = program_of(CheckpointConfig(model, Quantization(), tp_size=SIZE), 64, target=resolve_target(target))
+    plan = choose(program, resolve_target(target), KERNELS)
+    layouts = {name: choice.tactic.layout for choice in plan.choices for name in choice.op.weights.values()}
+    found = [*decode_stretches(program, plan.target, layouts),
+             *rank_prefill_stretches(program, plan.target, layouts)]
+    assert {stretch.tokens for stretch in found} >= {0, 1, 2, 4, 8, 16, 32, 64}
+    for stretch in found:
+        sums = [launch for launch in stretch.source.launches if RANKS in flat(launch.arguments)]
+        assert [number_of(launch) for launch in sums[:-1]] == list(range(1, 2 * shape.num_layers + 1)), stretch.entry
+        assert sums[-1].function == "tw::count_collectives"
 
 
 def number_of(launch: Launch) -> Argument:

@@ -91,7 +91,8 @@ def test_near_ties_alone_may_differ_outside_float32(algorithm: str, dtype: str, 
     Recipe(TinyModel("llama", attention_bias=True, mlp_bias=True)),
     Recipe(TinyModel("qwen3", head_size=24), "float16", "W4A16", int8_kv_cache=True, quantize_lm_head=True),
     Recipe(TinyModel("qwen2", sliding_window=9), "bfloat16", "W8A16"),
-], ids=["llama float32", "qwen3 int4, int8 cache", "qwen2 int8, window"])
+    Recipe(TinyModel("mistral"), "bfloat16", quantize_lm_head=True),
+], ids=["llama float32", "qwen3 int4, int8 cache", "qwen2 int8, window", "mistral 16-bit, int8 lm_head"])
 def test_every_buffer_agrees_with_the_reference_step_by_step(recipe: Recipe, tmp_path: Path) -> None:
     engine = Engine.open(build_engine(recipe, tmp_path))
     executor = CpuExecutor(engine, num_blocks=8, threads=2)

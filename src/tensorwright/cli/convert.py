@@ -50,7 +50,7 @@ def configure(parser: Parser) -> None:
                              "token (GPUs)")
     parser.add_argument("--use_fp8", action="store_true", help="the same as --use_fp8_rowwise, which is more accurate")
     parser.add_argument("--quantize_lm_head", action="store_true",
-                        help="lm_head too: int8 with --use_weight_only, float8 with --use_fp8_rowwise")
+                        help="lm_head too: float8 with --use_fp8_rowwise, else int8")
     parser.add_argument("--int8_kv_cache", action="store_true", help="keep keys and values as int8 while running")
     parser.add_argument("--fp8_kv_cache", action="store_true",
                         help="keep keys and values as float8 while running, unscaled (GPUs)")
@@ -129,8 +129,6 @@ def make_options(arguments: argparse.Namespace) -> ConvertOptions:
         note("--weight_only_precision has no effect without --use_weight_only: the weights are not quantised")
     if arguments.group_size is not None and algorithm != "W4A16":
         note("--group_size has no effect here: only int4 weights have groups")
-    if arguments.quantize_lm_head and algorithm is None:
-        raise UsageError("--quantize_lm_head quantises nothing alone", mend="--use_weight_only --quantize_lm_head")
     if arguments.int8_kv_cache and arguments.fp8_kv_cache:
         note("--int8_kv_cache has no effect beside --fp8_kv_cache")
     kv_cache: Any = "FP8" if arguments.fp8_kv_cache else "INT8" if arguments.int8_kv_cache else None
