@@ -114,3 +114,14 @@ def test_what_could_not_be_measured_is_said_and_the_rest_stays(gpu: ModuleType, 
     assert "| ≤ 3.4 | ≤ 2.6 | missed: 0.85 × must |" in printed.out
     assert "must reached: 1.60 ×; aim missed: 0.80 ×" in printed.out
     assert "| int4, groups of 128 | failed | 4.00 (54%) | failed | failed |" in printed.out
+
+
+def test_the_time_of_a_token_leaves_out_the_first(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_table.worker import Meter
+
+    monkeypatch.setattr(Meter, "_time", lambda self, batch, input_len, new_tokens: input_len * 0.5 + new_tokens * 0.25)
+    meter = Meter(None, new_tokens=8, repeats=3)  # type: ignore[arg-type]  # nothing asks for an engine
+    found = meter.tpot(4, 100)
+    assert (found["tpot_s"], found["tokens_s"], found["mean_context"]) == (0.25, 16.0, 105.0)
+    assert meter.prefill(4, 100)["tokens_s"] == 400 / 50.25
+    assert meter.serving(10, 100, 6)["tokens_s"] == 60 / 51.5
