@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "model"
 sys.path.insert(0, str(ROOT))
 
+LONGEST_TEXT = 700  # tokens
 INT8 = ("--use_weight_only", "--weight_only_precision", "int8")
 INT4 = ("--use_weight_only", "--weight_only_precision", "int4")
 
@@ -84,11 +85,11 @@ def answers(llm: LLM, questions: Sequence[str]) -> list[str]:
     return [result.sequences[0].text.strip() for result in results]
 
 
-def perplexity(llm: LLM, texts: Sequence[str]) -> float:
-    """The exponential of the mean negative log likelihood of all tokens after each text's first."""
+def perplexity(llm: LLM, texts: Sequence[str], longest: int = LONGEST_TEXT) -> float:
+    """The exponential of the mean negative log likelihood of all tokens after each text's first, up to `longest`."""
     total, count = 0.0, 0
     for text in texts:
-        ids = llm.tokenizer.encode(text)[:700]
+        ids = llm.tokenizer.encode(text)[:longest]
         parameters = SamplingParameters(max_tokens=1, return_context_logits=True)
         logits = llm.generate([ids], parameters)[0].context_logits
         if logits is None:

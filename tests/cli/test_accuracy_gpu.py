@@ -40,9 +40,9 @@ def test_answers_that_part_beyond_the_logit_error_are_no_near_ties(accuracy: Mod
                 for name in ("cpu", "gpu"))
     answers = {"cpu": [(1,), (1,), (1, 2)], "gpu": [(2,), (3,), (1, 2)]}
     monkeypatch.setattr(accuracy, "_prompts", lambda llm, questions: [[9]] * 3)
-    monkeypatch.setattr(accuracy, "_answers", lambda llm, prompts: answers[llm.name])
+    monkeypatch.setattr(accuracy, "_answers", lambda llm, prompts, max_tokens: answers[llm.name])
     monkeypatch.setattr(accuracy, "_logits", lambda llm, ids: LOGITS + (0.2 if llm.name == "gpu" else 0.0))
-    monkeypatch.setattr(accuracy, "perplexity", lambda llm, texts: 2.0)
+    monkeypatch.setattr(accuracy, "perplexity", lambda llm, texts, longest: 2.0)
     row = accuracy.compare("x", cpu, gpu, ["q"] * 3, ["(1,)"] * 3, ["text"])
     assert (row.same, row.near_ties, row.others) == (1, 1, 1)
     assert (row.exact_cpu, row.exact_gpu) == (pytest.approx(2 / 3), 0.0)
