@@ -23,7 +23,7 @@ from tensorwright.testing.launch_limits import over_limits
 from tensorwright.testing.tiny import TinyModel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cuda-bindings and nvidia-cuda-nvrtc")
-LARGER = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+LARGER = TinyModel("mistral", hidden_size=2560, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                    vocab_size=2048)
 TINY = Recipe(TinyModel("mistral", head_size=128), "float16", "W4A16", 128)
 FLOAT8 = Recipe(TinyModel("mistral", head_size=128), "bfloat16", "FP8_PER_CHANNEL_PER_TOKEN", fp8_kv_cache=True,

@@ -33,7 +33,7 @@ from tensorwright.testing.tiny import TinyModel, config
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
 TARGET, MACHINE = resolve_target("sm_90"), "NVIDIA H200, as invented here"
-MODEL = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+MODEL = TinyModel("mistral", hidden_size=2560, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                   vocab_size=2048, num_layers=6)
 ABSENT = ("", "weights.bias", "weights.norm", "inputs.residual", "weights.q_norm", "weights.k_norm")  # from some ops
 
@@ -75,8 +75,8 @@ def tuned(program: Program, *, measure: bool = False, report: Report = quiet) ->
 
 def test_every_op_and_step_with_a_choice_is_a_case(cases: list[Case]) -> None:
     assert {case.what for case in cases if case.candidates} == {
-        "linear int4 [4096, 2048] float32 [2048]", "linear int4 [2048, 2048]", "linear int4 [2048, 7168]",
-        "linear int4 [14336, 2048] float32 [2048]", "linear float16 [2048, 2048] float32 [2048]"}
+        "linear int4 [4096, 2560] float32 [2560]", "linear int4 [2560, 2048]", "linear int4 [2560, 7168]",
+        "linear int4 [14336, 2560] float32 [2560]", "linear float16 [2048, 2560] float32 [2560]"}
     steps = [case for case in cases if case.candidates is None]
     assert [{of.rows for of in case.ways} for case in steps] == [{tokens} for tokens in (1, 2, 4, 8, 16, 32, 64)]
     assert all(OP_BY_OP in {of.tactic for of in case.ways} for case in steps)

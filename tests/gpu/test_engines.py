@@ -65,7 +65,7 @@ def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, flags: tuple[str, ...
     """Steps of up to 64 sequences in fewer launches against the same steps op by op: logits, then caches."""
     from tensorwright.runtime.cuda.executor import CudaExecutor
 
-    model = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+    model = TinyModel("mistral", hidden_size=2560, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                       vocab_size=2048)
     engine = Engine.open(build_dummy(model, tmp_path, dtype, flags, target="native", tokens_per_block=16,
                                      max_seq_len=512, max_num_tokens=1024))

@@ -10,13 +10,12 @@ from tensorwright.builder.clock import Case
 from tensorwright.builder.decode_steps import CONTEXT
 from tensorwright.kernels.cuda import units
 from tensorwright.kernels.cuda.launch import Argument, GpuSource, Launch, operand_name, scratch_offsets
-from tensorwright.kernels.cuda.products import Product
+from tensorwright.kernels.cuda.products import DTYPES, Product
 from tensorwright.program.ops import BATCH_INPUTS
 from tensorwright.program.program import Buffer, Program, Weight
 
 ROTATED_BYTES = 256 << 20  # weights are read in turn from so much memory: several times the L2
 MOST_COPIES = 32
-WIDEST = 4  # bytes of a number in a cache, at most
 
 
 class Memory:
@@ -93,9 +92,9 @@ class Memory:
     def _buffer(self, name: str) -> torch.Tensor:
         """Random activations, a cache in which every sequence has its blocks, or the batch of a decode step."""
         if name not in self._kept:
-            made = (_batch_input(name, self.symbols["rows"], self._program) if name in BATCH_INPUTS
-                    else _numbers(self._program.buffers[name], self.symbols["rows"]))
-            self._kept[name] = made.to(self._device)
+            rows = self.symbols["rows"]
+            self._kept[name] = (_batch_input(name, rows, self._program).to(self._device) if name in BATCH_INPUTS
+                                else _numbers(self._program.buffers[name], rows, self._device))
         return self._kept[name]
 
 
@@ -130,12 +129,13 @@ def _batch_input(name: str, rows: int, program: Program) -> torch.Tensor:
     return values[name].contiguous()
 
 
-def _numbers(buffer: Buffer, rows: int) -> torch.Tensor:
+def _numbers(buffer: Buffer, rows: int, device: torch.device) -> torch.Tensor:
     """Normal activations; a cache, all zeros, with blocks for every sequence."""
     if buffer.kind != "cache":
-        return torch.randn(rows * int(buffer.shape[1]))
-    block = torch.zeros([int(dim) for dim in buffer.shape if not isinstance(dim, str)])
-    return torch.zeros(rows * -(-CONTEXT // int(buffer.shape[3])) * block.numel() * WIDEST, dtype=torch.uint8)
+        return torch.randn(rows * int(buffer.shape[1]), device=device)
+    blocks = rows * -(-CONTEXT // int(buffer.shape[3]))
+    shape = [blocks if isinstance(dim, str) else dim for dim in buffer.shape]
+    return torch.zeros(shape, dtype=DTYPES[buffer.dtype], device=device)
 
 
 def _block_size(program: Program) -> int:

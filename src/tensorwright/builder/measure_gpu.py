@@ -19,13 +19,7 @@ from tensorwright.builder.tactics import TimingKey
 from tensorwright.errors import BuildError
 from tensorwright.kernels.cuda.compile import compile_modules, nvrtc_version
 from tensorwright.kernels.cuda.driver import Call, Function, checked, load_module
-from tensorwright.kernels.cuda.launch import (
-    GpuSource,
-    Launch,
-    flat,
-    is_library_call,
-    parameter_kinds,
-)
+from tensorwright.kernels.cuda.launch import GpuSource, Launch, flat, is_library_call, parameter_kinds
 from tensorwright.kernels.cuda.targets import can_overlap
 from tensorwright.kernels.interface import Target
 
@@ -56,6 +50,7 @@ class GpuStopwatch:
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch: no types
         self._pool = torch.empty(0, dtype=torch.uint8, device="cuda")
         self._processors = num_processors()
+        self._functions: dict[tuple[str, int], Function] = {}
 
     def times(self, case: Case) -> Iterator[tuple[TimingKey, float]]:
         """Seconds of every way: medians of some replays of a graph that goes through all copies of the weights."""
@@ -106,8 +101,11 @@ class GpuStopwatch:
             call.launch([size.at(memory.symbols) for size in launch.grid], self._stream.cuda_stream)
 
     def _function(self, launch: Launch) -> Function:
-        module, functions = next(each for each in self._modules if launch.function in each[1])
-        return Function(module, functions[launch.function].symbol, launch.shared_bytes)
+        key = (launch.function, launch.shared_bytes)
+        if key not in self._functions:
+            module, functions = next(each for each in self._modules if launch.function in each[1])
+            self._functions[key] = Function(module, functions[launch.function].symbol, launch.shared_bytes)
+        return self._functions[key]
 
     def _random_bytes(self, count: int) -> torch.Tensor:
         """Memory that is kept; as 16-bit numbers of any type its bytes are finite and small."""

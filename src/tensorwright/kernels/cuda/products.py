@@ -12,7 +12,7 @@ import torch
 
 from tensorwright.kernels.cuda.launch import Launch
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8,
           "float8_e4m3": torch.float8_e4m3fn}
 Matrix = Callable[[str, int, int, torch.dtype], torch.Tensor]
 """Rows and columns of a dtype where an argument of a launch says."""

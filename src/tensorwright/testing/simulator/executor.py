@@ -81,6 +81,12 @@ class SimulatedExecutor:
             return np.asarray(cache.view(torch.uint8).numpy().copy()).view(ml_dtypes.float8_e4m3fn)
         return np.asarray(cache.numpy().copy())
 
+    def fill_caches(self, seed: int) -> None:
+        """Normal numbers in the place of what earlier steps would have written."""
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in self._memory.tensors.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
     def _run(self, batch: Batch, begin: int, end: int) -> None:
         is_whole = (begin, end) == (0, len(self.program.ops))
         sizes = (decode_bucket(batch, BUCKETS, self._width) if is_whole else None) or sizes_of(batch)

@@ -31,7 +31,7 @@ template <class Weights, int ROWS, int K, int TOKENS, int WARPS, int STAGES, int
 
 // PARTIALS > 0: the input is normed, with that many partial sums of squares.
 template <class Weights, int ROWS, int K, int TOKENS, int WARPS, int STAGES, int STAGE_UNITS, int PARTIALS, class Output>
-__global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<typename Weights::Number> input, const Output output) {
+__global__ void __launch_bounds__(WARPS * LANES, 1) small_linear(const LinearInput<typename Weights::Number> input, const Output output) {
   using Shape = SmallShape<Weights, ROWS, K, TOKENS, WARPS, STAGES, STAGE_UNITS>;
   constexpr int GROUPS = K / UNIT_INPUTS, TILES = ROWS / UNIT_ROWS;
   static_assert(GROUPS % (WARPS * STAGE_UNITS) == 0 || STAGE_UNITS == 1, "a stage may not cross a warp's inputs");
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
     for (int i = 0; i < 8; i++)
       if (first_load + i < LOADS) {
         const int piece = (first_load + i) * LANES + lane;
-        if (piece < units * PIECES) to[piece] = pieces[i];
+        if (piece < units * PIECES) to[piece] = paired(pieces[i]);
         if (Weights::RAW_BIAS != 0.f) {
           float total = 0.f;
 #pragma unroll
@@ -126,9 +126,11 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
     if (lane == 0) inverse_rms[warp] = rsqrtf(total / K + input.epsilon);
   }
 
-  const char* my_x = x + begin * GROUP_BYTES + g * 64 + t * 16;
+  const u32 my_x = shared_address(x) + begin * GROUP_BYTES + g * 64 + t * 16;
   const float* my_bias = bias + 2 * t;
   RingPosition<STAGES> at;
+  uint4 b[QUARTERS] = {};
+  const Flags has_x(g < TOKENS);
   for (int pass = first; pass < last; pass += Shape::PASS_TILES) {
     const int tiles = min(Shape::PASS_TILES, last - pass);
     for (int tile = 0; tile < tiles; tile++) {
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(WARPS * LANES) small_linear(const LinearInput<
         for (int u = 0; u < STAGE_UNITS; u++)
           multiply_unit_raw<Weights, TOKENS * 64>(ring + at.stage * Shape::STAGE_BYTES + u * Weights::BYTES,
                                                   my_x + (i * STAGE_UNITS + u) * GROUP_BYTES,
-                                                  my_bias + (i * STAGE_UNITS + u) * Shape::GROUPS * 8, g < TOKENS, lane, sum);
+                                                  my_bias + (i * STAGE_UNITS + u) * Shape::GROUPS * 8, has_x, lane, b, sum);
         __syncwarp();
         fill(at.stage);
         at.advance();

@@ -207,15 +207,38 @@ __device__ inline void multiply_unit(const char* units, int tile_stride, const c
   }
 }
 
-// The same for one row tile and at most 8 tokens, with codes as a mask leaves them. Only lanes with `has_x` load x: a
-// 16-byte load costs shared memory a cycle for every 8 lanes that take part, and the sums of absent tokens are never used. `bias` points at -RAW_BIAS times the
-// sums of x of this lane's two tokens, one float2 per group, 8 floats apart.
+// A lane's 16 bytes of x, where it has any; elsewhere `b` stays what it is. Only lanes with x load: shared memory takes a
+// cycle for every 8 lanes that take part, and sums of absent tokens are never used. So zeros are written once, not per load.
+__device__ inline void load_where(bool has_x, uint4& b, u32 x) {
+  asm("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(b.x), "+r"(b.y), "+r"(b.z), "+r"(b.w) : "r"(x), "r"((u32)has_x));
+}
+
+// One flag several times, such that the compiler does not know: loads under the same flag would become a branch.
+struct Flags {
+  bool each[QUARTERS];
+  __device__ explicit Flags(bool value) {
+    const u32 bits = __shfl_sync(~0u, value ? 15u : 0u, threadIdx.x % LANES);
+#pragma unroll
+    for (int i = 0; i < QUARTERS; i++) each[i] = bits >> i & 1;
+  }
+};
+
+// Eight neighbouring inputs in the order that multiply_unit_raw takes them: each product's are one pair of registers.
+__device__ inline uint4 paired(const uint4& x) { return make_uint4(x.x, x.z, x.y, x.w); }
+
+// The same for one row tile and at most 8 tokens, with codes as a mask leaves them and x `paired` at an address in shared
+// memory. `b` is zero at first, and the same from call to call. `bias` points at -RAW_BIAS times the sums of x of this lane's two tokens,
+// one float2 per group, 8 floats apart.
 template <class Weights, int QUARTER_STRIDE>
-__device__ inline void multiply_unit_raw(const char* unit, const char* x, const float* bias, bool has_x, int lane, float (&sum)[4]) {
+__device__ inline void multiply_unit_raw(const char* unit, u32 x, const float* bias, const Flags& has_x, int lane, uint4 (&b)[QUARTERS],
+                                         float (&sum)[4]) {
   using Type = typename Weights::Number;
   uint4 codes[Weights::LOADS];
 #pragma unroll
   for (int i = 0; i < Weights::LOADS; i++) codes[i] = reinterpret_cast<const uint4*>(unit)[i * LANES + lane];
+#pragma unroll
+  for (int q = 0; q < QUARTERS; q++) load_where(has_x.each[q], b[q], x + q * QUARTER_STRIDE);
 #pragma unroll
   for (int first = 0; first < QUARTERS; first += Weights::GROUP_QUARTERS) {
     float low[4] = {}, high[4] = {};
@@ -223,10 +246,8 @@ __device__ inline void multiply_unit_raw(const char* unit, const char* x, const 
     for (int q = first; q < first + Weights::GROUP_QUARTERS; q++) {
       u32 a[2][4];
       Weights::template fragments<false>(codes, q, a);
-      uint4 b = make_uint4(0, 0, 0, 0);
-      if (has_x) b = *reinterpret_cast<const uint4*>(x + q * QUARTER_STRIDE);
-      multiply<Type>(low, a[0], b.x, b.z);
-      multiply<Type>(high, a[1], b.y, b.w);
+      multiply<Type>(low, a[0], b[q].x, b[q].y);
+      multiply<Type>(high, a[1], b[q].z, b[q].w);
     }
     float2 scale = make_float2(1.f, 1.f), offset = make_float2(0.f, 0.f);
     if (Weights::HAS_SCALES) scale = Weights::scales(unit, first, lane);
