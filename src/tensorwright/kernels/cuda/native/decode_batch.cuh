@@ -126,7 +126,6 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
         }
     } else {
       begin_step();
-      int norms = 0;
       for (int layer = 0; layer < input.num_layers; layer++)
         for (int linear = QKV; linear <= DOWN; linear++) {
           const Cut<BLOCKS> cut = B::cut(linear);
@@ -144,7 +143,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
             __syncwarp();
             if (step + 1 != at_once) continue;
             if (linear == QKV || linear == GATE_UP) {
-              if (norms++ > 0) barrier_wait(&shared.norm_used, norms % 2);
+              if (layer > 0 || linear == GATE_UP) barrier_wait(&shared.norm_used, linear == QKV);  // twice a layer
               make_norms<N, BLOCKS>(linear == QKV ? input.square_sums : input.square_sums_mlp, 1.f / HIDDEN, input.epsilon, shared.inverse_rms);
               if (lane == 0) barrier_arrive(&shared.norm_ready);
             }
@@ -227,7 +226,6 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
       }
     };
 
-    u32 norm_parity = 0;
     begin_step();
     for (int layer = 0; layer < input.num_layers; layer++)
       for (int linear = QKV; linear <= DOWN; linear++) {
@@ -238,8 +236,8 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
         bool has_norms = linear == OUTPUT || linear == DOWN;
         auto wait_for_norms = [&] {
           if (!has_norms) {
-            barrier_wait(&shared.norm_ready, norm_parity);
-            norm_parity ^= 1, has_norms = true;
+            barrier_wait(&shared.norm_ready, linear == GATE_UP);
+            has_norms = true;
           }
         };
         for (int step = begin; step < end;) {
