@@ -48,3 +48,31 @@ def test_all_layers_at_once_leave_what_their_ops_leave(dtype: DType, flags: tupl
         for name in ("layers.0.kv", "layers.1.kv"):
             held = plain.buffer(name).astype(np.float32)
             assert np.abs(fused.buffer(name).astype(np.float32) - held).max() < BOUNDS[dtype] * np.abs(held).max()
+
+
+def test_a_float8_cache_is_written_and_read_by_fused_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels of a step of few sequences, and by those of Hopper's products for more."""
+    from tensorwright.testing.simulator.executor import SimulatedExecutor
+
+    model = TinyModel("mistral", hidden_size=1024, num_heads=8, num_kv_heads=4, head_size=128, intermediate_size=1024,
+                      vocab_size=256, num_layers=1)
+    for name, counts in (("SMALL", (1,)), ("BATCHED", (8,))):
+        monkeypatch.setattr(decode_chain, name, counts)
+    monkeypatch.setattr(decode_chain, "MOST_PROCESSORS", PROCESSORS)
+    engine = Engine.open(build_dummy(model, tmp_path, "bfloat16", ("--use_fp8_rowwise", "--fp8_kv_cache"),
+                                     target="sm_90", tokens_per_block=16, max_seq_len=64, max_num_tokens=64))
+    fused, plain = (SimulatedExecutor(engine, num_blocks=32, processors=PROCESSORS, max_tokens=64, stretches=stretches)
+                    for stretches in (True, False))
+    for lengths in ((37,), (3, 17, 1, 30, 5, 2, 9, 4)):
+        prompt = make_batch([(min(length, 5), length) for length in lengths], 16)[0]
+        for executor in (fused, plain):
+            executor.execute(prompt)
+        step = make_batch([(1, length) for length in lengths], 16, num_outputs=len(lengths))[0]
+        step = type(step)(**{**vars(step), "output_rows": np.arange(len(lengths), dtype=np.int32)})
+        assert fused.stretch(step) == f"decode_{len(lengths)}"
+        given, wanted = (executor.execute(step) for executor in (fused, plain))
+        assert np.abs(given - wanted).max() < BOUNDS["bfloat16"] * np.abs(wanted).max()
+        held = plain.buffer("layers.0.kv").astype(np.float32)
+        off = np.abs(fused.buffer("layers.0.kv").astype(np.float32) - held)
+        assert (off <= np.abs(held) / 8 + BOUNDS["bfloat16"]).all()  # a rounding to the other side
+        assert off.mean() < 0.01 * np.abs(held).mean()

@@ -129,20 +129,23 @@ def attention_launch(op: Op, program: Program, tactic: Tactic, q: str = "inputs.
 
 
 def decode_attention_launch(op: Op, program: Program, target: Target, tokens: int, order: str, chunks: int,
-                            arguments: tuple[Argument, ...]) -> Launch:
+                            arguments: tuple[Argument, ...], number: str = "") -> Launch:
     """tw::decode_attention of steps of so many tokens, one of each sequence, in up to so many chunks. `order`: the C++
-    type of y's; `arguments`: of tw::AttentionInput up to the table's width.
+    type of y's; `arguments`: of tw::AttentionInput up to the table's width; `number`: the dtype of q and y, where the
+    cache is float8.
     """
     a, cache = op.attributes, cache_of(op, program)
     warps = max(2, min(8, 128 // tokens))  # so that up to 64 sequences of 8 kv heads run at once
     resident, queries = 8 // warps, warps * a["num_heads"] // a["num_kv_heads"] * 2 * (128 + 12)
     room = (SHARED_BYTES[target.name] + RESERVED) // resident - RESERVED - FEW_SHARED - queries
-    slots = min(6, room // (warps * DECODE_TILE_BYTES))
-    shape = (NATIVE_TYPES[cache.dtype], order, a["num_heads"], a["num_kv_heads"], cache.shape[3], warps, slots,
-             LEAST_CHUNK)
+    number = number or cache.dtype
+    stored, converted = (DECODE_TILE_BYTES, 0) if cache.dtype == number else (16 * 128, DECODE_TILE_BYTES)
+    slots = min(6, (room // warps - converted) // stored)
+    shape = (NATIVE_TYPES[number], NATIVE_TYPES[cache.dtype], order, a["num_heads"], a["num_kv_heads"], cache.shape[3],
+             warps, slots, LEAST_CHUNK)
     grid = (Size(times=a["num_kv_heads"]), Size(times=tokens), Size(times=chunks))
     return Launch(f"tw::decode_attention<{', '.join(map(str, shape))}>", grid, 32 * warps,
-                  warps * slots * DECODE_TILE_BYTES,
+                  warps * (slots * stored + converted),
                   ((*arguments, int(attribute(op, "window")), float(a["scale"] * LOG2E)),))
 
 

@@ -24,7 +24,7 @@ MOST_STAGES = {1: 3, 2: 3}  # on their way to each warp, by sequences: more gain
 def layer_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
     """One for each number of sequences that the kernel and the target are made for."""
     processors = PROCESSORS.get(target.name)
-    if processors is None or len(decoder.layers) > MAX_LAYERS:
+    if processors is None or len(decoder.layers) > MAX_LAYERS or decoder.shapes.cache != decoder.shapes.number:
         return ()
     sources = {tokens: _source(program, target, decoder, tokens, processors)
                for tokens in MOST_STAGES if _fits(decoder.shapes, tokens, processors)}

@@ -84,7 +84,7 @@ class _Batch:
 
 def batch_stretches(decoder: Decoder, program: Program, target: Target) -> tuple[Stretch, ...]:
     """One for each number of sequences that the kernel and the target are made for."""
-    if target.name != TARGET or len(decoder.layers) > MAX_LAYERS:
+    if target.name != TARGET or len(decoder.layers) > MAX_LAYERS or decoder.shapes.cache != decoder.shapes.number:
         return ()
     sources = {tokens: batch_source(decoder, program, target, tokens, PROCESSORS[TARGET]) for tokens in BATCHED}
     return tuple(Stretch(0, len(program.ops), tokens, PROCESSORS[TARGET], source, decoder.window)

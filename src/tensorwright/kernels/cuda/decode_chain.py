@@ -130,11 +130,12 @@ def _layer(chain: _Chain, ops: tuple[Op, ...], next_norm: str) -> list[Launch | 
     qkv, rope, attention, dense, fc_gate, proj = ops
     cache = f"named.{rope.outputs[1]}"
     added = f"tw::Residual<{number}, {tokens}, {s.hidden}>"
-    turned = f"tw::RopeAndCache<{number}, {tokens}, {s.heads}, {s.kv_heads}, {s.block_size}>"
+    stored = NATIVE_TYPES[s.cache]
+    turned = f"tw::RopeAndCache<{number}, {stored}, {tokens}, {s.heads}, {s.kv_heads}, {s.block_size}>"
     gated = f"tw::Gated<{number}, {tokens}>"
     if chain.tiles:
         added, gated = added.replace("Residual", "ResidualBlock"), gated.replace("Gated", "GatedBlock")
-        turned = f"tw::RopeAndCacheBlock<{number}, {s.heads}, {s.kv_heads}, {s.block_size}>"
+        turned = f"tw::RopeAndCacheBlock<{number}, {stored}, {s.heads}, {s.kv_heads}, {s.block_size}>"
     return [
         _linear(chain, qkv, "x", turned, ("scratch.q", cache, "batch.slots", "scratch.rotation"), "squares"),
         _attention(chain, attention, cache),
@@ -147,7 +148,7 @@ def _attention(chain: _Chain, op: Op, cache: str) -> Launch:
     arguments = ("scratch.q", cache, "batch.block_tables", "batch.kv_lengths", "scratch.attended",
                  "scratch.attention_parts", "zeros.attention_arrivals", "sizes.table_width")
     return decode_attention_launch(op, chain.program, chain.target, chain.tokens, chain.order, _chunks(chain),
-                                   arguments)
+                                   arguments, chain.shapes.number)
 
 
 def _linear(chain: _Chain, op: Op, x: str, output_type: str, output: tuple[Argument, ...],

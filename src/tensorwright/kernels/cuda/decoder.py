@@ -17,7 +17,8 @@ class Shapes:
     """What the layers have in common."""
 
     weight: Weight  # as all four linears of a layer are held
-    number: str  # the 16-bit dtype of products, and of the cache
+    number: str  # the 16-bit dtype of products
+    cache: str  # that, or float8_e4m3
     hidden: int
     heads: int
     kv_heads: int
@@ -91,9 +92,9 @@ def _shapes_of_layer(ops: tuple[Op, ...], program: Program) -> Shapes | None:
         and len({(w.dtype, w.group_size, w.scale_dtype) for w in held}) == 1
         and a["head_size"] == HEAD and rope.attributes["attention_factor"] == 1.0
         and program.weights[rope.weights["inverse_frequencies"]].shape == (HEAD // 2,)
-        and cache.dtype == number and int(cache.shape[3]) % 16 == 0)
+        and cache.dtype in (number, "float8_e4m3") and int(cache.shape[3]) % 16 == 0)
     if not is_plain:
         return None
     weight = Weight("", (0, 0), held[0].dtype, held[0].group_size, held[0].scale_dtype)
-    return Shapes(weight, number, held[0].shape[1], a["num_heads"], a["num_kv_heads"], held[3].shape[1],
+    return Shapes(weight, number, cache.dtype, held[0].shape[1], a["num_heads"], a["num_kv_heads"], held[3].shape[1],
                   int(cache.shape[3]))

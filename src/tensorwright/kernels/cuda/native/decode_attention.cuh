@@ -10,9 +10,9 @@
 
 namespace tw {
 
-template <class Type> struct AttentionInput {
+template <class Type, class Stored> struct AttentionInput {
   const Type* q;            // [tokens, HEADS, 128]
-  const Type* cache;        // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
+  const Stored* cache;      // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
   const int* block_tables;  // [sequences, table_width]
   const int* lengths;       // [sequences], the new token counted; 0: of padding
   Type* y;                  // Order of the output projection
@@ -22,12 +22,18 @@ template <class Type> struct AttentionInput {
   float scale;              // of the logits, times log2(e)
 };
 
-// Grid: (KV_HEADS, sequences, most chunks). A chunk has at least MIN_CHUNK keys. Shared memory: WARPS * SLOTS tiles of 4,352
-// bytes.
-template <class Type, class Order, int HEADS, int KV_HEADS, int BLOCK_SIZE, int WARPS, int SLOTS, int MIN_CHUNK>
-__global__ void __launch_bounds__(WARPS * LANES) decode_attention(const __grid_constant__ AttentionInput<Type> input) {
+// Eight numbers of the cache, past the first-level cache.
+template <class Type> __device__ inline uint4 fresh_eight(const Type* from) { return __ldcg(reinterpret_cast<const uint4*>(from)); }
+template <class Type> __device__ inline uint4 fresh_eight(const float8* from) {
+  return eight<Type>(__ldcg(reinterpret_cast<const uint2*>(from)), 1.f, float8());
+}
+
+// Grid: (KV_HEADS, sequences, most chunks). A chunk has at least MIN_CHUNK keys. Shared memory: WARPS rings of SLOTS tiles.
+// Stored: Type, or float8.
+template <class Type, class Stored, class Order, int HEADS, int KV_HEADS, int BLOCK_SIZE, int WARPS, int SLOTS, int MIN_CHUNK>
+__global__ void __launch_bounds__(WARPS * LANES) decode_attention(const __grid_constant__ AttentionInput<Type, Stored> input) {
   constexpr int ROWS = HEADS / KV_HEADS, TILE = 16, D = 128;
-  using Ring = TileRing<Type, Type, KV_HEADS, D, BLOCK_SIZE, TILE, SLOTS, LANES>;
+  using Ring = TileRing<Type, Stored, KV_HEADS, D, BLOCK_SIZE, TILE, SLOTS, LANES>;
   static_assert(ROWS <= 8 && BLOCK_SIZE % TILE == 0 && MIN_CHUNK % TILE == 0 && ROWS * D * 4 <= Ring::BYTES, "shapes");
   extern __shared__ __align__(128) char memory[];
   __shared__ __align__(16) Type queries[WARPS][ROWS][Ring::STRIDE];
@@ -44,17 +50,17 @@ __global__ void __launch_bounds__(WARPS * LANES) decode_attention(const __grid_c
     wait_for_previous_kernel();
     return;
   }
-  const Type* cache = input.cache + (size_t)kv_head * BLOCK_SIZE * D;
+  const Stored* cache = input.cache + (size_t)kv_head * BLOCK_SIZE * D;
   const int* table = input.block_tables + (size_t)sequence * input.table_width;
   char* mine = memory + warp * Ring::BYTES;
   Ring ring(mine, {cache, nullptr, table, begin + warp * TILE, end, WARPS * TILE});
   wait_for_previous_kernel();
 
-  // The newest key and value may have come too late for the ring: 16 bytes a lane, keys in the lower half of the warp.
+  // The newest key and value may have come too late for the ring: eight numbers a lane, keys in the lower half of the warp.
   const int newest = length - 1, newest_in = end == length ? (newest - begin) / TILE : -1;
   uint4 fresh;
   if (newest_in >= 0 && newest_in % WARPS == warp)
-    fresh = __ldcg(reinterpret_cast<const uint4*>(cache + (((size_t)table[newest / BLOCK_SIZE] * 2 + lane / 16) * KV_HEADS * BLOCK_SIZE + newest % BLOCK_SIZE) * D) + lane % 16);
+    fresh = fresh_eight<Type>(cache + (((size_t)table[newest / BLOCK_SIZE] * 2 + lane / 16) * KV_HEADS * BLOCK_SIZE + newest % BLOCK_SIZE) * D + lane % 16 * 8);
   const uint4* from = reinterpret_cast<const uint4*>(input.q + ((size_t)sequence * HEADS + kv_head * ROWS) * D);
   for (int i = lane; i < ROWS * D / 8; i += LANES)
     *reinterpret_cast<uint4*>(&queries[warp][i / (D / 8)][i % (D / 8) * 8]) = __ldcg(from + i);

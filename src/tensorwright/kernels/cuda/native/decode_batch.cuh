@@ -290,7 +290,7 @@ decode_batch(const BatchInput<typename Weights::Number> input) {
         wait_for_norms();
         if (linear == QKV) {
           finish_rows(Constant<B::rows(QKV)>(), linear, weights,
-                      RopeAndCacheBlock<Type, HEADS, KV_HEADS, BLOCK_SIZE>{input.q, pointers.cache, input.slots, input.rotation});
+                      RopeAndCacheBlock<Type, Type, HEADS, KV_HEADS, BLOCK_SIZE>{input.q, pointers.cache, input.slots, input.rotation});
         } else if (linear == GATE_UP) {
           sync_multiplying();
         } else {

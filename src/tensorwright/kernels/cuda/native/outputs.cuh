@@ -32,10 +32,10 @@ template <int TOKENS> struct CoreOrder {
 };
 
 // q, k, v: rope on q and k in the rotate-half pairing, k and v into their slots. The next kernel is attention.
-template <class Type, int TOKENS, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCache {
+template <class Type, class Stored, int TOKENS, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCache {
   static constexpr bool SQUARES = false;
   Type* q;                // [tokens, HEADS, 128]
-  Type* cache;            // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
+  Stored* cache;          // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
   const int* slots;       // [tokens]; negative: a row of padding
   const float2* rotation; // [tokens, 64]: cosine and sine
 
@@ -47,16 +47,15 @@ template <class Type, int TOKENS, int HEADS, int KV_HEADS, int BLOCK_SIZE> struc
       lower = x * turn.x - y * turn.y;
       upper = y * turn.x + x * turn.y;
     }
-    Type* to = q + (token * HEADS + head) * 128;
-    if (head >= HEADS) {
-      const int slot = slots[token];
-      if (slot < 0) return 0.f;
+    if (head < HEADS) {
+      Type* to = q + (token * HEADS + head) * 128;
+      to[d] = from_float<Type>(lower), to[d + 64] = from_float<Type>(upper);
+    } else if (const int slot = slots[token]; slot >= 0) {
       const int value = head >= HEADS + KV_HEADS, kv_head = (head - HEADS) % KV_HEADS;
       const size_t row = ((size_t)(slot / BLOCK_SIZE) * 2 + value) * KV_HEADS + kv_head;
-      to = cache + (row * BLOCK_SIZE + slot % BLOCK_SIZE) * 128;
+      Stored* to = cache + (row * BLOCK_SIZE + slot % BLOCK_SIZE) * 128;
+      to[d] = to_finite<Stored>(lower), to[d + 64] = to_finite<Stored>(upper);
     }
-    to[d] = from_float<Type>(lower);
-    to[d + 64] = from_float<Type>(upper);
     return 0.f;
   }
 };

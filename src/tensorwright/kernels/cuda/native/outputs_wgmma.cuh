@@ -47,14 +47,14 @@ template <class Output> struct EachToken {
   }
 };
 
-template <class Type, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCacheBlock {
+template <class Type, class Stored, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCacheBlock {
   static constexpr bool SQUARES = false;
   struct Loaded {
     float2 turn[2];
     int slot[2];
   };
   Type* q;                // [tokens, HEADS, 128]
-  Type* cache;            // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
+  Stored* cache;          // [blocks, 2, KV_HEADS, BLOCK_SIZE, 128]
   const int* slots;       // [tokens]; negative: a row of padding
   const float2* rotation; // [tokens, 64]: cosine and sine
 
@@ -79,14 +79,15 @@ template <class Type, int HEADS, int KV_HEADS, int BLOCK_SIZE> struct RopeAndCac
       for (int i = 0; i < 2; i++) {
         const float2 turn = loaded[r].turn[i];
         const int slot = loaded[r].slot[i];
-        Type* to = q + ((size_t)(token + 2 * t + i) * HEADS + head) * 128;
-        if (head >= HEADS) {
-          if (slot < 0) continue;
+        const float lower = values[r][i] * turn.x - values[r][2 + i] * turn.y, upper = values[r][2 + i] * turn.x + values[r][i] * turn.y;
+        if (head < HEADS) {
+          Type* to = q + ((size_t)(token + 2 * t + i) * HEADS + head) * 128;
+          to[d] = from_float<Type>(lower), to[d + 64] = from_float<Type>(upper);
+        } else if (slot >= 0) {
           const size_t row = ((size_t)(slot / BLOCK_SIZE) * 2 + (head >= HEADS + KV_HEADS)) * KV_HEADS + (head - HEADS) % KV_HEADS;
-          to = cache + (row * BLOCK_SIZE + slot % BLOCK_SIZE) * 128;
+          Stored* to = cache + (row * BLOCK_SIZE + slot % BLOCK_SIZE) * 128;
+          to[d] = to_finite<Stored>(lower), to[d + 64] = to_finite<Stored>(upper);
         }
-        to[d] = from_float<Type>(values[r][i] * turn.x - values[r][2 + i] * turn.y);
-        to[d + 64] = from_float<Type>(values[r][2 + i] * turn.x + values[r][i] * turn.y);
       }
     }
   }
