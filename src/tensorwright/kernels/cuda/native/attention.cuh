@@ -80,6 +80,7 @@ template <class S> struct AttentionBlock {
   __device__ void load_queries(Type* to) const {
     const int last = used_rows() - 1;
     if constexpr (S::IS_COPIED) {
+#pragma unroll 2  // more would take registers
       for (int i = threadIdx.x; i < S::ROWS * S::D / 8; i += S::THREADS) {
         const int row = i / (S::D / 8), d = i % (S::D / 8) * 8;
         copy_16_bytes(to + row * S::STRIDE + d, p.q + column(min(row, last)) + d);
