@@ -78,7 +78,7 @@ def test_every_op_and_step_with_a_choice_is_a_case(cases: list[Case]) -> None:
         "linear int4 [4096, 2560] float32 [2560]", "linear int4 [2560, 2048]", "linear int4 [2560, 7168]",
         "linear int4 [14336, 2560] float32 [2560]", "linear float16 [2048, 2560] float32 [2560]"}
     steps = [case for case in cases if case.candidates is None]
-    assert [{of.rows for of in case.ways} for case in steps] == [{tokens} for tokens in (1, 2, 4, 8, 16, 32, 64)]
+    assert sorted({of.rows for case in steps for of in case.ways}) == [1, 2, 4, 8, 16, 32, 64] and len(steps) == 7
     assert all(OP_BY_OP in {of.tactic for of in case.ways} for case in steps)
     assert {of.tactic for of in steps[0].ways} == {"decode_1_on_132", "decode_1", OP_BY_OP}
 
@@ -169,7 +169,7 @@ def test_copies_hold_what_kernels_pack(program: Program, cases: list[Case]) -> N
 
 
 def test_build_and_inspect_tell_of_steps(cases: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    invented(cases, {"decode_8": 5e-4}, tmp_path / "shipped" / "sm_90.json")
+    invented(cases, {"decode_4": 5e-4}, tmp_path / "shipped" / "sm_90.json")
     folder = build_dummy(MODEL, tmp_path / "engine", "float16", target="sm_90", tokens_per_block=16)
     engine = Engine.open(folder)
     group = engine.manifest["tuning"]["groups"][-1]
