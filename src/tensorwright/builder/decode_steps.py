@@ -72,7 +72,7 @@ def choose_stretches(program: Program, target: Target, layouts: Mapping[str, str
     stretches = decode_stretches(program, target, layouts)
     ways = _ways(program, target) if stretches else {}
     choices = []
-    for tokens in dict.fromkeys(stretch.tokens for stretch in stretches):
+    for tokens in sorted({stretch.tokens for stretch in stretches}):
         own = [stretch for stretch in stretches if stretch.tokens == tokens]
         known = {of.tactic: timings[of] for of in ways.get(tokens, {}) if of in timings}
         choices.append(Choice(tokens, tuple(_ordered(own, known)), known, _bytes(_few(program), target, tokens)))
