@@ -24,7 +24,7 @@ from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
 LIMITS = {"max_seq_len": 512, "max_num_tokens": 512, "tokens_per_block": 16, "max_batch_size": 64}
-FUSED = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+FUSED = TinyModel("mistral", hidden_size=2560, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                   vocab_size=2048)
 SMALL = TinyModel("qwen3", head_size=32)
 INT8 = ("--use_weight_only", "--weight_only_precision", "int8")

@@ -53,7 +53,7 @@ def test_an_op_s_kernels_are_known_by_name_with_what_they_read(tmp_path: Path) -
 
 
 def test_a_stretch_s_kernels_read_the_weights_of_their_tables(tmp_path: Path) -> None:
-    model = TinyModel("mistral", hidden_size=2048, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
+    model = TinyModel("mistral", hidden_size=2560, num_heads=16, num_kv_heads=8, head_size=128, intermediate_size=7168,
                       vocab_size=2048)
     engine = Engine.open(build_dummy(model, tmp_path, "float16", target="sm_90", tokens_per_block=16, max_seq_len=64))
     titles = {kernel.title: kernel.bytes for kernel in known_kernels(engine, kv_tokens=10).values()}
