@@ -19,5 +19,6 @@ def decode_stretches(program: Program, target: Target, layouts: Mapping[str, str
     decoder = recognise(program, layouts)
     if decoder is None:
         return rank_stretches(program, target, layouts)
-    return (*layer_stretches(decoder, program, target), *batch_stretches(decoder, program, target),
-            *chain_stretches(decoder, program, target))
+    found = (*layer_stretches(decoder, program, target), *batch_stretches(decoder, program, target),
+             *chain_stretches(decoder, program, target))
+    return tuple(sorted(found, key=lambda stretch: stretch.tokens))
