@@ -16,7 +16,7 @@ from tensorwright.runtime.parameters import SamplingParameters
 from tensorwright.runtime.sampling import choose
 from tensorwright.testing.differential import compare_steps
 from tensorwright.testing.engines import INT4, Recipe, build_dummy, build_engine
-from tensorwright.testing.gpu_cases import BOUNDS, LENGTHS, RECIPES, STEPS
+from tensorwright.testing.gpu_cases import BOUNDS, LENGTHS, RECIPES, ROUNDED, STEPS
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
@@ -71,6 +71,7 @@ def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, flags: tuple[str, ...
                                      max_seq_len=512, max_num_tokens=1024))
     assert len(engine.manifest["kernels"]["stretches"]) == stretches
     fused, plain = (CudaExecutor(engine, num_blocks=128, stretches=stretches) for stretches in (True, False))
+    bound = ROUNDED if "--use_fp8_rowwise" in flags else BOUNDS[dtype]  # prompts of 65 tokens on are rounded
     for lengths in ((300,), (300, 17), (5, 40, 1), (300, 1, 33, 60, 7), (9,) * 16, (31, 2) * 10, (3,) * 60):
         prompt = make_batch([(n, n) for n in lengths], 16, num_outputs=1)[0]
         for executor in (fused, plain):
@@ -79,10 +80,10 @@ def test_a_stretch_leaves_what_its_ops_leave(dtype: DType, flags: tuple[str, ...
             step = make_batch([(1, n) for n in lengths], 16)[0]
             step = type(step)(**{**vars(step), "output_rows": np.arange(len(lengths), dtype=np.int32)})
             given, wanted = (np.asarray(executor.execute(step)) for executor in (fused, plain))
-            assert np.abs(given - wanted).max() < BOUNDS[dtype] * np.abs(wanted).max()
+            assert np.abs(given - wanted).max() < bound * np.abs(wanted).max()
         for name in ("layers.0.kv", "layers.1.kv"):
             wanted = plain.buffer(name).astype(np.float32)
-            assert np.abs(fused.buffer(name).astype(np.float32) - wanted).max() < BOUNDS[dtype] * np.abs(wanted).max()
+            assert np.abs(fused.buffer(name).astype(np.float32) - wanted).max() < bound * np.abs(wanted).max()
 
 
 def test_requests_do_not_depend_on_the_batch_but_for_near_ties(engine_dir: Path) -> None:

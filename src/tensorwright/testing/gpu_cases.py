@@ -44,13 +44,13 @@ MANY_TOKENS_RECIPES = {
                                                   build={"fp8_activations": True}),
     "bfloat16, window": Recipe(TinyModel("qwen2", sliding_window=9, **_SIZES), "bfloat16"),
 }
-_ROUNDED = 0.12  # float8: NumPy and the ops differ by half of that, and each of them by 0.1 from products of float32
+ROUNDED = 0.12  # float8: NumPy and the ops differ by half of that, and each of them by 0.1 from products of float32
 
 
 def many_tokens_bound(recipe: Recipe) -> float:
     """What a step of many tokens may differ by, relative to the largest number: products are rounded to the type."""
     is_float8 = recipe.algorithm == FP8 or "fp8_activations" in recipe.build
-    return _ROUNDED if is_float8 else {"float16": 6e-3, "bfloat16": 5e-2}[recipe.dtype]
+    return ROUNDED if is_float8 else {"float16": 6e-3, "bfloat16": 5e-2}[recipe.dtype]
 
 
 def cache_step(recipe: Recipe) -> float:
