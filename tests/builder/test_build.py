@@ -50,7 +50,7 @@ def engine_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def options(checkpoint: Path, folder: Path, **more: object) -> BuildOptions:
     values = {"max_seq_len": 64, "max_batch_size": 4, "tokens_per_block": 16, "no_tune": True, **more}
-    return BuildOptions(checkpoint_dir=checkpoint, output_dir=folder, **values)  # type: ignore[arg-type]
+    return BuildOptions(checkpoint_dir=checkpoint, output_dir=folder, **values)
 
 
 def test_other_limits_reuse_the_engine_file(checkpoint: Path, engine_dir: Path, tmp_path: Path) -> None:

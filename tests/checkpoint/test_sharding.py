@@ -16,7 +16,7 @@ from tensorwright.testing import tiny
 
 
 def config(tp_size: int, quantization: Quantization = Quantization(), **fields: int) -> CheckpointConfig:  # noqa: B008
-    return CheckpointConfig(from_huggingface(tiny.config(tiny.TinyModel(family="qwen2", **fields))),  # type: ignore[arg-type]
+    return CheckpointConfig(from_huggingface(tiny.config(tiny.TinyModel(family="qwen2", **fields))),
                             quantization, tp_size)
 
 

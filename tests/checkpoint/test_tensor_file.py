@@ -71,7 +71,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\x01", b"\xff" * 16, (10).to_bytes(8, "little") + b"not json..", header([]),  # type: ignore[arg-type]
+    b"", b"\x01", b"\xff" * 16, (10).to_bytes(8, "little") + b"not json..", header([]),
     header({"a": ENTRY}, b"1234567"), header({"a": ENTRY}, b"123456789"), header({"a": {"dtype": "F32"}}),
     header({"a": {**ENTRY, "dtype": "F17"}}, b"12345678"), header({"a": {**ENTRY, "shape": [3]}}, b"12345678"),
     header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, b"123456789012"),

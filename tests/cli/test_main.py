@@ -35,7 +35,7 @@ def verb_that(action: Callable[[], int]) -> ModuleType:
     def main(arguments: argparse.Namespace) -> int:
         return action()
 
-    module.configure, module.main = configure, main  # type: ignore[attr-defined]
+    module.configure, module.main = configure, main
     return module
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: the packages cud
 pytest.importorskip("torch", reason="needs torch")
 
 from tensorwright.runtime.cuda.sampling import pack  # noqa: E402
+from tensorwright.testing.gpu_cases import random_row  # noqa: E402
 from tensorwright.testing.simulator.compile import Kernels  # noqa: E402
 
 VOCAB = 1100  # two runs of columns for each warp
@@ -52,22 +53,10 @@ def drawn(kernels: Kernels, logits: Any, lines: list[int], rows: list[SamplingRo
     return taken[:, 0].copy().view(np.int32), taken[:, 1], taken[:, 2]
 
 
-def random_row(random: np.random.Generator) -> SamplingRow:
-    seen = random.choice(VOCAB, 9, replace=False).astype(np.int32) if random.random() < 0.3 else ()
-    biased = (3, 4) if random.random() < 0.3 else ()
-    return SamplingRow(
-        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])), top_k=int(random.choice([0, 1, 7, 50])),
-        top_p=float(random.choice([1.0, 0.9, 0.3])), min_p=float(random.choice([0.0, 0.05])),
-        repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2,
-        uniform=float(random.integers(0, 1 << 24)) * 2.0**-24, seen=seen,
-        counts=random.integers(0, 3, 9).astype(np.int32) if len(seen) else (), biased=biased,
-        biases=(float("-inf"), 1.5) if biased else ())
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_are_the_reference_s(kernels: Kernels, seed: int) -> None:
     random, count = np.random.default_rng(seed), 8
-    rows = [random_row(random) for _ in range(count)]
+    rows = [random_row(random, VOCAB) for _ in range(count)]
     logits = (random.standard_normal((count, VOCAB)) * 3).astype(np.float32)
     if seed == 1:
         logits = np.round(logits)  # many equal ones: the lower id comes first

@@ -119,7 +119,7 @@ def open_executor(num_blocks: int, *, graphs: bool = True, limits: Limits = LIMI
     op = SimpleNamespace(outputs=("logits",))
     engine = SimpleNamespace(target="", directory="", world_size=1, program=SimpleNamespace(ops=(op,) * OPS),
                              vocab_size=VOCAB, tokens_per_block=BLOCK, limits=limits, manifest={})
-    return CudaExecutor(engine, num_blocks=num_blocks, graphs=graphs)  # type: ignore[arg-type]
+    return CudaExecutor(engine, num_blocks=num_blocks, graphs=graphs)
 
 
 def harness_over(executor: Any, limits: Limits = LIMITS) -> Harness:
@@ -161,7 +161,7 @@ def test_a_step_is_on_its_way_while_the_host_does_something_else() -> None:
         harness.submit((3, 4, 5), max_tokens=12, end_ids=())
         harness.step()
         for number in range(10):
-            steps = harness.executor._caches.num_steps  # type: ignore[attr-defined]
+            steps = harness.executor._caches.num_steps
             assert steps == number  # the last one that was started has not begun
             assert gpu.done < len(gpu.work)
             harness.step()

@@ -59,7 +59,7 @@ def test_a_large_weight_is_unpacked_piece_by_piece() -> None:
     assert isinstance(source, GpuSource)
     assert dict(source.scratch)["panel"].at({"one": 1}) <= PANEL_BYTES
     columns = [launch.arguments[3] for launch in source.launches if launch.function == "matmul"]
-    assert sum(map(int, columns)) == 131072 and len(columns) > 1  # type: ignore[arg-type]
+    assert sum(map(int, columns)) == 131072 and len(columns) > 1
 
 
 def test_rows_are_ordered_for_what_reads_them() -> None:

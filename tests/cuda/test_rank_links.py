@@ -104,7 +104,7 @@ def test_nccl_gets_its_arguments_as_its_header_says(library: str) -> None:
     from tensorwright.runtime.cuda.nccl import Nccl
 
     x, y = np.arange(5, dtype=np.float32), np.zeros((RANKS, RANKS * 5), np.float32)
-    for rank, each in enumerate(on_ranks(lambda communicator: Nccl(communicator, library))):  # type: ignore[arg-type]
+    for rank, each in enumerate(on_ranks(lambda communicator: Nccl(communicator, library))):
         each.all_reduce(x.ctypes.data, y[rank].ctypes.data, 5, 64)
         np.testing.assert_array_equal(y[rank, :5], x * RANKS + rank)
         each.all_gather(x.ctypes.data, y[rank].ctypes.data, 5, 64)
@@ -118,7 +118,7 @@ def test_missing_nccl_is_said() -> None:
     from tensorwright.runtime.cuda.nccl import Nccl
 
     with pytest.raises(RanksError, match="no-nccl"):
-        Nccl(ThreadCommunicator(0, Meeting()), "libno-nccl.so")  # type: ignore[arg-type]
+        Nccl(ThreadCommunicator(0, Meeting()), "libno-nccl.so")
 
 
 class FakeDriver:
@@ -209,7 +209,7 @@ def shared(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def run(communicator: ThreadCommunicator) -> Any:
         driver.enter(communicator.rank)
-        return peers.share_memory(communicator, NUM_BYTES)  # type: ignore[arg-type]
+        return peers.share_memory(communicator, NUM_BYTES)
 
     return on_ranks(run)
 

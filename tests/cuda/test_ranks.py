@@ -153,7 +153,7 @@ def test_the_device_sees_the_state_as_the_host_writes_it() -> None:
     sizes = {"u64": 8, "int": 4, "u32": 4}
     found = []
     for line in re.sub(r"//.*", "", struct).split(";")[:-1]:
-        kind, names = re.fullmatch(r"\s*(?:volatile )?(\w+\*?) (.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
+        kind, names = re.fullmatch(r"\s*(?:volatile )?(\w+\*?) (.*)", line, re.DOTALL).groups()
         found += [(name, 8 * MAX_RANKS if "[" in name else 8 if "*" in kind else sizes[kind])
                   for name in names.split(", ")]
     assert found[0][0] == "memory[MAX_RANKS]"

@@ -43,10 +43,10 @@ def test_decode_steps_are_padded_to_buckets_and_others_are_not() -> None:
         return decode_bucket(batch, (1, 2, 4), 8) or sizes_of(batch)
 
     padded = step([1, 1, 1], [0, 1, 2])
-    assert (padded.tokens, padded.sequences, padded.outputs, padded.table_width) == (4, 4, 4, 8)  # type: ignore[attr-defined]
+    assert (padded.tokens, padded.sequences, padded.outputs, padded.table_width) == (4, 4, 4, 8)
     for queries, rows in (([1, 2], [0, 2]), ([1, 1], [1, 0]), ([1, 1], [1]), ([1] * 5, [0, 1, 2, 3, 4])):
         plain = step(queries, rows)
-        assert not plain.is_decode and plain.sequences == len(queries)  # type: ignore[attr-defined]
+        assert not plain.is_decode and plain.sequences == len(queries)
 
 
 def test_batch_inputs_do_not_overlap() -> None:

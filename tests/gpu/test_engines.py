@@ -16,7 +16,7 @@ from tensorwright.runtime.parameters import SamplingParameters
 from tensorwright.runtime.sampling import choose
 from tensorwright.testing.differential import compare_steps
 from tensorwright.testing.engines import INT4, Recipe, build_dummy, build_engine
-from tensorwright.testing.gpu_cases import BOUNDS, LENGTHS, RECIPES, ROUNDED, STEPS
+from tensorwright.testing.gpu_cases import BOUNDS, LENGTHS, RECIPES, ROUNDED, STEPS, random_row
 from tensorwright.testing.native_ops import make_batch
 from tensorwright.testing.tiny import TinyModel
 
@@ -133,7 +133,7 @@ def test_draws_are_the_reference_s(engine_dir: Path) -> None:
 
     executor, random, count = CudaExecutor(Engine.open(engine_dir), num_blocks=4), np.random.default_rng(5), 16
     for turn in range(20):
-        rows = [_random_row(random, executor.vocab_size) for _ in range(count)]
+        rows = [random_row(random, executor.vocab_size) for _ in range(count)]
         logits = (random.standard_normal((count, executor.vocab_size)) * 3).astype(np.float32)
         if turn % 2:
             logits = np.round(logits)  # many equal ones: the lower id comes first
@@ -148,15 +148,3 @@ def test_draws_are_the_reference_s(engine_dir: Path) -> None:
         assert same.mean() > 0.9, (turn, [row for row, is_same in zip(rows, same, strict=True) if not is_same])
         np.testing.assert_allclose(drawn.log_probs[same], wanted_log_probs[same], rtol=1e-4, atol=1e-4)
         assert drawn.is_finite.all()
-
-
-def _random_row(random: np.random.Generator, vocab_size: int) -> SamplingRow:
-    seen = random.choice(vocab_size, 9, replace=False).astype(np.int32) if random.random() < 0.3 else ()
-    biased = (3, 4) if random.random() < 0.3 else ()
-    return SamplingRow(
-        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])), top_k=int(random.choice([0, 1, 7, 50])),
-        top_p=float(random.choice([1.0, 0.9, 0.3])), min_p=float(random.choice([0.0, 0.05])),
-        repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2,
-        uniform=float(random.integers(0, 1 << 24)) * 2.0**-24, seen=seen,
-        counts=random.integers(0, 3, 9).astype(np.int32) if len(seen) else (), biased=biased,
-        biases=(float("-inf"), 1.5) if biased else ())

@@ -14,7 +14,7 @@ from tensorwright.program.verify import verify
 
 def change(program: Program, index: int, **fields: object) -> Program:
     ops = list(program.ops)
-    ops[index] = replace(ops[index], **fields)  # type: ignore[arg-type]
+    ops[index] = replace(ops[index], **fields)
     return replace(program, ops=tuple(ops))
 
 

@@ -72,7 +72,7 @@ def test_prefix_hits(engine_dir: Path) -> None:
 @pytest.mark.parametrize(("algorithm", "dtype", "kv"), [("W4A16", "float16", False), ("W8A16", "bfloat16", True)])
 def test_near_ties_alone_may_differ_outside_float32(algorithm: str, dtype: str, kv: bool, tmp_path: Path) -> None:
     """The design's rule: forced onto the plain run's tokens, the choice differs only within twice the logit error."""
-    recipe = Recipe(TinyModel("mistral"), dtype, algorithm, int8_kv_cache=kv)  # type: ignore[arg-type]
+    recipe = Recipe(TinyModel("mistral"), dtype, algorithm, int8_kv_cache=kv)
     engine = Engine.open(build_engine(recipe, tmp_path))
     executor = CpuExecutor(engine, num_blocks=8, threads=2)
     tokens = PROMPTS[1] + [5, 6, 7]

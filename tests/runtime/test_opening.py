@@ -26,6 +26,6 @@ class OtherRank:
 @pytest.mark.parametrize("blocks", [5, 10_000])
 def test_the_rank_with_the_least_memory_decides(blocks: int, tmp_path: Path) -> None:
     folder = build_engine(Recipe(tp_size=2), tmp_path)
-    opened = open_engine(folder, communicator=OtherRank(blocks), executor=FakeExecutor())  # type: ignore[arg-type]
+    opened = open_engine(folder, communicator=OtherRank(blocks), executor=FakeExecutor())
     most = opened.engine.limits.max_batch_size * -(-opened.engine.limits.max_seq_len // 16)
     assert opened.plan.num_blocks == min(blocks, most)

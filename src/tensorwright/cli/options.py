@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, allow_abbrev=False, **kwargs)
         self._unused: argparse._ArgumentGroup | None = None
 
-    def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]  # narrower
                          namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does, after every option has been brought to its registered spelling."""
         words = list(sys.argv[1:] if args is None else args)
@@ -158,7 +158,7 @@ def add_fields(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: t
 
 def from_arguments(cls: type[Options], arguments: argparse.Namespace, **overrides: Any) -> Options:
     """The dataclass filled from parsed options, with some fields set by the caller."""
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(arguments).items() if name in fields}
     return cls(**{**given, **overrides})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tensorwright.checkpoint.config import Algorithm
+from tensorwright.runtime.batch import SamplingRow
 from tensorwright.testing.engines import Recipe
 from tensorwright.testing.tiny import TinyModel
 
@@ -56,3 +59,16 @@ def many_tokens_bound(recipe: Recipe) -> float:
 def cache_step(recipe: Recipe) -> float:
     """What a cache of 8-bit numbers may differ by where a rounding falls to the other side."""
     return 2.0 if recipe.int8_kv_cache else 0.5 if recipe.fp8_kv_cache else 0.0
+
+
+def random_row(random: np.random.Generator, vocab_size: int) -> SamplingRow:
+    """Any way to draw a token: temperatures, filters, penalties and biases, each on or off."""
+    seen = random.choice(vocab_size, 9, replace=False).astype(np.int32) if random.random() < 0.3 else ()
+    biased = (3, 4) if random.random() < 0.3 else ()
+    return SamplingRow(
+        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])), top_k=int(random.choice([0, 1, 7, 50])),
+        top_p=float(random.choice([1.0, 0.9, 0.3])), min_p=float(random.choice([0.0, 0.05])),
+        repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2,
+        uniform=float(random.integers(0, 1 << 24)) * 2.0**-24, seen=seen,
+        counts=random.integers(0, 3, 9).astype(np.int32) if len(seen) else (), biased=biased,
+        biases=(float("-inf"), 1.5) if biased else ())
