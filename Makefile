@@ -3,12 +3,14 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/de
 DEV := .venv-dev/bin
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test test-numpy2 test-all lint type bench accuracy test-gpu accuracy-gpu sanitize-gpu lines clean
+.PHONY: demo test test-whole test-numpy2 test-all lint type bench accuracy test-gpu accuracy-gpu sanitize-gpu lines clean
 
 demo: .venv/ready
 	.venv/bin/python scripts/demo.py
 
-test: .venv-dev/ready test-numpy2
+test: test-whole test-numpy2
+
+test-whole: .venv-dev/ready
 	$(DEV)/python -m pytest -q -m "not aarch64"
 
 # And the kernels of the other architecture: cross-compiled, run under qemu-user.

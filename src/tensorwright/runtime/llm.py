@@ -56,6 +56,11 @@ class LLM:
         requests = self._requests(prompts, parameters, updates.append)
         return self._run(requests, updates)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step is started before the tokens of the last one are known."""
+        return self._loop.executor.runs_ahead
+
     def memory_table(self) -> list[tuple[str, str]]:
         """Names and values: weights, activations, KV cache, and how much fits."""
         return self._plan.table(self.engine.limits)

@@ -64,20 +64,21 @@ class CudaExecutor:
         self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch: no types
         self._results = Results(self.device, self._check)
         with torch.cuda.stream(self._stream):
-            self._bind(self._buckets[-1])
+            # One row of logits may give several tokens, so there may be more draws than rows of a small step.
+            self._bind(max(self._buckets[-1], limits.max_batch_size))
 
     def _bind(self, max_outputs: int) -> None:
         """Memory for so many rows of logits; graphs of other memory are dropped."""
         torch.cuda.synchronize(self.device)  # a step may still use what is given up here
-        self._max_outputs = max_outputs
         rows = {"tokens": max(self._max_tokens, self._buckets[-1]), "outputs": max_outputs}
-        self._activations = Activations(self.engine, rows, self.device)
+        self._activations = Activations(self.engine, rows, self.device)  # too little memory leaves all as it was
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._plan = Plan(self.engine, self._weights, self._caches, self._activations, processors,
                           stretches=self._stretches_wanted, ranks=self._ranks)
         self._graphs: dict[tuple[int, str | None], torch.cuda.CUDAGraph | None] = {}  # by bucket and stretch
         self._graphs_address = self._inputs.address
         self._results.grow(max_outputs)
+        self._max_outputs = max_outputs
 
     def execute(self, batch: Batch) -> DeviceLogits:
         """Logits float32 [R, vocab] on the device, overwritten by the next call, with the greedy choice of each row."""

@@ -83,11 +83,12 @@ def _map(offer: dict[str, Any], own_uuid: str, rank: int) -> tuple[int, str]:
     handle = driver.CUipcMemHandle()
     handle.reserved = bytes.fromhex(offer["handle"])
     flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    address = 0
     try:
         address = int(checked(driver.cuIpcOpenMemHandle(handle, flag)))
         is_real = _read(address) == bytes.fromhex(offer["word"])
     except EngineError as error:
-        return 0, f"rank {rank}'s GPU {offer['bus_id']}: {error.message}"
+        return address, f"rank {rank}'s GPU {offer['bus_id']}: {error.message}"
     return address, "" if is_real else f"the memory of rank {rank}'s GPU {offer['bus_id']} reads wrong"
 
 
