@@ -70,6 +70,7 @@ template <int COUNT, class At> __device__ inline void take_parts(float4 (&parts)
       if (!is_there(parts[i])) give_up();
       __stcg(at(i), make_float4(0.f, 0.f, 0.f, 0.f));
     }
+  __syncwarp();  // lanes that saw their parts at different times go on together
 }
 
 template <class Reference> struct Bare;

@@ -30,7 +30,7 @@ struct Batch {
   }
   static constexpr int SLOTS = of_shared(Cut<BLOCKS>::slots), MOST_PARTS = of_shared(Cut<BLOCKS>::most_parts);
   static constexpr int PART = WARPS * TILES * OCTETS * LANES;  // float4 of a part
-  static constexpr int OWN_TILES = (rows(QKV) / UNIT_ROWS + BLOCKS - 1) / BLOCKS;
+  static constexpr int OWN_TILES = (larger(rows(QKV), rows(OUTPUT)) / UNIT_ROWS + BLOCKS - 1) / BLOCKS;
 
   __device__ static Cut<BLOCKS> cut(int linear) {
     return linear == QKV ? Cut<BLOCKS>{steps(QKV), total(QKV)} : linear == OUTPUT ? Cut<BLOCKS>{steps(OUTPUT), total(OUTPUT)}

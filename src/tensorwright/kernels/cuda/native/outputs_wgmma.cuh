@@ -65,7 +65,7 @@ template <class Type, class Stored, int HEADS, int KV_HEADS, int BLOCK_SIZE> str
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int row = token + 2 * t + i;
-        loaded[r].turn[i] = head < HEADS + KV_HEADS ? __ldg(&rotation[row * 64 + d]) : make_float2(1.f, 0.f);
+        loaded[r].turn[i] = head < HEADS + KV_HEADS ? __ldcg(&rotation[row * 64 + d]) : make_float2(1.f, 0.f);
         loaded[r].slot[i] = head >= HEADS ? __ldg(&slots[row]) : 0;
       }
     }

@@ -57,7 +57,11 @@ template <class Weights, int N, int TILES> struct WgmmaTile {
       }
   }
 
-  __device__ void finish() { products_wait<0>(); }
+  __device__ void finish() {
+    products_wait<0>();
+#pragma unroll
+    for (int i = 0; i < TILES * N / 2; i++) asm volatile("" : "+f"(sums[i / (N / 2)][i % (N / 2)])::"memory");  // there from here on
+  }
 
  private:
   __device__ void prepare(const char* unit, int pair, int lane, int r, u32 (&a)[2][TILES][2][4]) {
