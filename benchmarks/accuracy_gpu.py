@@ -180,7 +180,7 @@ class Simulated:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Only sequences that fork ask for it, and none do here."""
-        raise NotImplementedError
+        raise NotImplementedError("a sequence forked, and none was asked to")
 
 
 if __name__ == "__main__":
